@@ -19,9 +19,6 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C while PyTorch is still loading: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import filelock
 import numpy as np
 import torch
@@ -31,7 +28,7 @@ from torch import distributed, nn, optim
 from torchvision import datasets
 from tqdm import tqdm
 
-TRAINING_FLAGS = (  # what a resumed run must agree on, apart from dataset and schedule
+NUMBERS = (  # flag, default, metavar, what is valid, help
     ("--batch-size", 128, "N", lambda n: n >= 2, "images per step, 2 or more"),
     ("--epochs", 10, "N", lambda n: n >= 1, "number of epochs to train, 1 or more"),
     ("--lr", 0.1, "LR", lambda x: 0 < x < math.inf, "learning rate, above 0"),
@@ -50,17 +47,17 @@ def parse_arguments(argv=None):
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.error = lambda line: parser.exit(2, f"main.py: error: {line}\n")
     add = parser.add_argument
-    for flag, default, metavar, _, text in TRAINING_FLAGS:
+    for flag, default, metavar, _, text in NUMBERS:
         add(flag, type=type(default), default=default, metavar=metavar, help=text)
     text = "auto: mnist or, where that can be neither found nor downloaded, mnist-5k"
     add("--dataset", default="auto", choices=["auto", "mnist", "mnist-5k"], help=text)
-    text = "of the learning rate over the epochs"
-    add("--schedule", default="constant", choices=list(Schedule.FACTORS), help=text)
+    names, text = ["constant", "step", "cosine"], "of the learning rate over the epochs"
+    add("--schedule", default="constant", choices=names, help=text)
     add("--data-dir", "--data", default="./data", metavar="DIR", help="has MNIST/raw/")
     add("--log-dir", default="./logs", metavar="DIR", help="for the record of the run")
     add("--resume", action="store_true", help="continue the run in the log dir, if any")
     args = parser.parse_args(argv)
-    for flag, _, _, is_valid, text in TRAINING_FLAGS:
+    for flag, _, _, is_valid, text in NUMBERS:
         if not is_valid(getattr(args, flag[2:].replace("-", "_"))):
             parser.error(f"argument {flag}: {text}")
     return args
@@ -73,47 +70,41 @@ def load_dataset(name, data_dir):
     float32 N x 1 x 28 x 28, normalised by mean and standard deviation of MNIST's
     training pixels, and int64 N. RunError: it cannot be had, or a file is broken.
     """
-    raw = Path(data_dir, "MNIST", "raw")
-    parts = (
-        "train-images-idx3",
-        "train-labels-idx1",
-        "t10k-images-idx3",
-        "t10k-labels-idx1",
-    )
-    files = [raw / f"{part}-ubyte" for part in parts]
-    found = sum(file.is_file() for file in files)
-    try:
-        if found < 4 and name != "mnist-5k":
+    raw, tensors = Path(data_dir, "MNIST", "raw"), []
+    found = len(list(raw.glob("t*-idx[13]-ubyte")))
+    if found < 4 and name != "mnist-5k":
+        try:
             socket.setdefaulttimeout(30)  # seconds; torchvision would wait for ever
             Path(data_dir).mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(Path(data_dir, ".download.lock")):
                 datasets.MNIST(data_dir, download=True)
-    except Exception as error:  # of the network, the disk, gzip or torchvision
-        reason = " ".join(str(error).split())[-120:]
-        line = f"MNIST is not in {raw} and cannot be downloaded ({reason})"
-        if name == "mnist" or found or os.path.isfile(data_dir):
-            raise RunError(f"{line}: copy its four files there") from error
-        print(f"main.py: warning: {line}: USING MNIST-5K INSTEAD", file=sys.stderr)
-        name = "mnist-5k"
+        except Exception as error:  # of the network, the disk, gzip or torchvision
+            reason = " ".join(str(error).split())[-120:]
+            line = f"MNIST is not in {raw} and cannot be downloaded ({reason})"
+            if name == "mnist" or found or os.path.isfile(data_dir):
+                raise RunError(f"{line}: copy its four files there") from error
+            print(f"main.py: warning: {line}: USING MNIST-5K INSTEAD", file=sys.stderr)
+            name = "mnist-5k"
     if name == "mnist-5k":
         images, labels = map(torch.from_numpy, mnist_data())
-        testing = torch.arange(len(labels)) % 5 == 4  # sorted, 500 of each digit
-        tensors = [images[~testing], labels[~testing], images[testing], labels[testing]]
+        test = torch.arange(len(labels)) % 5 == 4  # 500 in a row of each digit
+        tensors = [images[~test], labels[~test], images[test], labels[test]]
     else:
-        name, tensors = "mnist", []
-        readers = [datasets.mnist.read_image_file, datasets.mnist.read_label_file] * 2
-        for file, read in zip(files, readers):
+        name = "mnist"
+        for part in ("train", "t10k"):
             try:
-                tensors.append(read(str(file)))
+                file = raw / f"{part}-images-idx3-ubyte"
+                images = datasets.mnist.read_image_file(str(file))
+                file = raw / f"{part}-labels-idx1-ubyte"
+                labels = datasets.mnist.read_label_file(str(file))
+                if images.shape != (len(labels), 28, 28) or labels.max() > 9:
+                    raise ValueError(f"not the labels of {len(images)} digits")
             except Exception as error:  # torchvision asserts, converts and reshapes
                 line = f"{file} is broken ({error or 'cut short'}): delete it"
                 raise RunError(f"{line} to have it downloaded again") from error
+            tensors += [images, labels]
     for i in (0, 2):
-        images, labels = tensors[i : i + 2]
-        if images[0].numel() != 784 or len(images) != len(labels) or labels.max() > 9:
-            line = f"{files[i]} and {files[i + 1].name} do not belong together"
-            raise RunError(f"{line}: delete both to have them downloaded again")
-        pixels = images.view(-1, 1, 28, 28).float().div_(255)
+        pixels = tensors[i].view(-1, 1, 28, 28).float().div_(255)
         tensors[i] = pixels.sub_(0.1307).div_(0.3081)
     return name, *tensors
 
@@ -128,8 +119,8 @@ def shuffled_batches(images, batch_size, seed, epoch, rank=0, processes=1):
     batches = list(torch.from_numpy(order).to(images.device).split(batch_size))
     if len(batches) > 1 and len(batches[-1]) < 2 * processes:
         batches[-2:] = [torch.cat(batches[-2:])]
-    shares = [batch.tensor_split(processes)[rank] for batch in batches]
-    return [(share, len(share) / len(b)) for share, b in zip(shares, batches)]
+    shares = [(batch.tensor_split(processes)[rank], len(batch)) for batch in batches]
+    return [(share, len(share) / whole) for share, whole in shares]
 
 
 class View(nn.Module):
@@ -208,29 +199,24 @@ class LeNet(nn.Module):
 class Schedule(optim.lr_scheduler.LambdaLR):
     """The learning rate: `step()`, after an epoch, sets that of the next one."""
 
-    FACTORS = {  # by the share of the epochs that is done
-        "constant": lambda done: 1.0,
-        "step": lambda done: 1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01,
-        "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-    }
-
     def __init__(self, optimizer, name, epochs, epoch=0):
-        factor, group = self.FACTORS[name], optimizer.param_groups[0]
-        group["initial_lr"] = group["lr"]
+        factor = {  # by the share of the epochs that is done
+            "constant": lambda done: 1.0,
+            "step": lambda done: 1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01,
+            "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+        }[name]
+        optimizer.param_groups[0]["initial_lr"] = optimizer.param_groups[0]["lr"]
         super().__init__(optimizer, lambda done: factor(done / epochs), epoch - 1)
 
 
-def make_step(network, loss_function, optimizer, images, labels, batch_size):
-    """Returns the function that trains on (a share of a batch, its fraction).
+def make_step(network, loss_function, optimizer, images, labels, processes=1):
+    """Returns a function that trains on a share of a batch: (indices, fraction) -> loss.
 
-    It returns the share's part of the batch's mean loss, on the device. On one GPU the
-    step is captured as a CUDA graph, which runs nothing, and full batches replay it.
-    The first three steps set up what lasts; they are real ones, so no bit changes.
+    The loss is the share's part of the batch's mean, on the device. On one GPU the step
+    is captured as a CUDA graph, which runs nothing, and replayed for batches as large.
+    The steps before that, which set up what lasts, are real ones, so no bit changes.
     """
-    processes = distributed.get_world_size() if distributed.is_initialized() else 1
-    graph = torch.cuda.CUDAGraph() if images.is_cuda and processes == 1 else None
-    static_index = torch.zeros(batch_size, dtype=torch.int64, device=images.device)
-    static_loss, steps = None, 0
+    static_index, static_loss, graph, steps = None, None, None, 0
 
     def eager(index, fraction):
         optimizer.zero_grad()
@@ -241,14 +227,17 @@ def make_step(network, loss_function, optimizer, images, labels, batch_size):
         return loss.detach()
 
     def step(index, fraction):
-        nonlocal static_loss, steps
+        nonlocal static_index, static_loss, graph, steps
         steps += 1
-        if graph is None or steps <= 3 or len(index) != batch_size:
+        if not images.is_cuda or processes > 1 or steps <= 3:
             return eager(index, fraction)
-        static_index.copy_(index)
-        if static_loss is None:
+        if graph is None:
+            static_index, graph = index.clone(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 static_loss = eager(static_index, fraction)
+        if index.shape != static_index.shape:
+            return eager(index, fraction)
+        static_index.copy_(index)
         graph.replay()
         return static_loss
 
@@ -256,22 +245,21 @@ def make_step(network, loss_function, optimizer, images, labels, batch_size):
 
 
 def train(epoch, model, step, train_loader, lr, first_step, log):
-    """Trains an epoch, its rows going to the file `log` every 100 steps.
+    """Trains an epoch; every 100 steps the open file `log` gets its rows of train.csv.
 
     Raises RunError where a loss is not finite.
     """
     model.train()
     losses, start = torch.zeros(len(train_loader), device=train_loader[0][0].device), 0
-    quiet = log.name == os.devnull or None  # None: a bar on terminals only
+    quiet = log.name == os.devnull or None  # None: a bar, but on a terminal only
     bar = tqdm(train_loader, f"Epoch {epoch}", leave=False, disable=quiet)
     for batch_ix, (index, fraction) in enumerate(bar):
         losses[batch_ix] = step(index, fraction)
         if batch_ix % 100 and batch_ix + 1 < len(train_loader):
             continue
-        recent = losses[start : batch_ix + 1]
         if distributed.is_initialized():
-            distributed.all_reduce(recent)
-        for i, loss in enumerate(recent.tolist(), start):
+            distributed.all_reduce(losses[start : batch_ix + 1])
+        for i, loss in enumerate(losses[start : batch_ix + 1].tolist(), start):
             log.write(f"{first_step + i},{epoch},{i},{lr:.8g},{loss:.9g}\n")
             if not math.isfinite(loss):
                 where = f"the loss is {loss} in epoch {epoch}, batch {i}"
@@ -301,61 +289,56 @@ def test(epoch, model, loss_function, test_loader):
 
 
 def open_record(log_dir, settings, resume):
-    """Returns the checkpoint to resume, or None for a new record, old ones kept aside.
+    """The checkpoint to resume, or None for a new record, with an old one moved aside.
 
-    Cuts the csv files back to the checkpoint. Raises RunError where that is broken, or
-    of a run with other settings.
+    RunError: the checkpoint is broken, or that of a run with other settings.
     """
-    checkpoint, moving = log_dir / "checkpoint.pt", log_dir / "moving"
-    if resume and checkpoint.exists() and not moving.exists():
+    names = ("train.csv", "test.csv", "params", "checkpoint.pt")
+    old = [log_dir / name for name in names if (log_dir / name).exists()]
+    moving = log_dir / "moving"  # left by a run that was killed while it moved `old`
+    if resume and len(old) == len(names) and not moving.exists():
         try:
-            found = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            other, lengths = found["settings"], found["lengths"]
+            checkpoint = torch.load(old[3], map_location="cpu", weights_only=True)
+            lengths, other = checkpoint["lengths"], checkpoint["settings"]
         except Exception as error:  # reading foreign bytes raises nearly anything
-            line = f"{checkpoint} is broken: start anew without --resume"
-            raise RunError(line) from error
+            raise RunError(f"{old[3]} is broken: start without --resume") from error
         if settings["schedule"] == "constant" and settings["epochs"] > other["epochs"]:
             other["epochs"] = settings["epochs"]
         flags = [f"--{k} {v}" for k, v in other.items() if v != settings[k]]
         if flags:
-            line = (
-                f"the run in {log_dir} was started with {' '.join(flags)}: keep to it"
+            line = f"the run in {log_dir} has {' '.join(flags)}".replace("_", "-")
+            raise RunError(
+                f"{line}: resume it with the same, or start without --resume"
             )
-            raise RunError(line.replace("_", "-"))
-        for name, length in lengths.items():
-            if (log_dir / name).stat().st_size < length:
-                raise RunError(f"{log_dir / name} has lost rows: start anew")
-            os.truncate(log_dir / name, length)
-        return found
-    names = ("train.csv", "test.csv", "params", "checkpoint.pt")
-    old = [log_dir / name for name in names if (log_dir / name).exists()]
-    if old or moving.exists():  # which a run left that was stopped right here
+        for path, length in zip(old[:2], lengths, strict=True):
+            if path.stat().st_size < length:
+                raise RunError(f"{path} was cut: start without --resume")
+            os.truncate(path, length)
+        return checkpoint
+    if old or moving.exists():
         moving.mkdir(exist_ok=True)
         for path in old:
             path.rename(moving / path.name)
-        number = 1
-        while (log_dir / f"run-{number}").exists():
-            number += 1
+        number = 1 + len(list(log_dir.glob("run-*")))
         moving.rename(log_dir / f"run-{number}")
         print(f"main.py: earlier run moved to {log_dir}/run-{number}", file=sys.stderr)
     (log_dir / "params").mkdir()
     (log_dir / "train.csv").write_text("step,epoch,batch,lr,loss\n")
     (log_dir / "test.csv").write_text("epoch,step,lr,loss,accuracy\n")
+    return None
 
 
-def save(log_dir, epoch, step, settings, model, optimizer):
+def save(log_dir, checkpoint):
     """Stores the parameters of an epoch, then the checkpoint that --resume reads."""
-    state, lengths = model.state_dict(), {}
-    arrays = {k: v.float().cpu().contiguous().numpy() for k, v in state.items()}
-    params = f"params/epoch-{epoch:02}.pkl"
-    (log_dir / params).write_bytes(pickle.dumps(arrays, protocol=4))
-    checkpoint = {"epoch": epoch, "step": step, "settings": settings, "model": state}
-    checkpoint |= {"optimizer": optimizer.state_dict(), "lengths": lengths}
-    for name in (params, "train.csv", "test.csv"):
+    params, state = f"epoch-{checkpoint['epoch']:02}.pkl", checkpoint["model"].items()
+    arrays = {k: v.float().cpu().contiguous().numpy() for k, v in state}
+    (log_dir / "params" / params).write_bytes(pickle.dumps(arrays, protocol=4))
+    lengths = []
+    for name in ("train.csv", "test.csv", f"params/{params}"):
         with open(log_dir / name, "rb+") as file:
             os.fsync(file.fileno())
-            lengths[name] = file.seek(0, os.SEEK_END)
-    torch.save(checkpoint, buffer := io.BytesIO())
+            lengths.append(file.seek(0, os.SEEK_END))
+    torch.save(checkpoint | {"lengths": lengths[:2]}, buffer := io.BytesIO())
     with open(log_dir / "checkpoint.tmp", "wb") as file:
         file.write(buffer.getvalue())
         file.flush()
@@ -363,33 +346,32 @@ def save(log_dir, epoch, step, settings, model, optimizer):
     os.replace(log_dir / "checkpoint.tmp", log_dir / "checkpoint.pt")
 
 
+class ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if module[:5] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
+            return super().find_class(module, name)
+        raise ValueError(f"it asks for {module}.{name}")
+
+
 def load_parameters(path):
     """A params file as a dict from the model's state names to float32 numpy arrays.
 
-    Runs no code that is in the file. Raises RunError if it holds anything else.
+    Runs no code that is in the file. RunError: it holds anything else, or is broken.
     """
-
-    class ArrayUnpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if module[:5] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
-                return super().find_class(module, name)
-            raise ValueError(f"it asks for {module}.{name}")
-
     try:
-        with open(path, "rb") as file:
-            parameters = ArrayUnpickler(file).load()
-        return {str(k): np.asarray(v, np.float32) for k, v in parameters.items()}
+        arrays = ArrayUnpickler(io.BytesIO(Path(path).read_bytes())).load()
+        return {str(k): np.asarray(v, np.float32) for k, v in arrays.items()}
     except Exception as error:  # reading foreign bytes raises nearly anything
         raise RunError(f"{path} is no readable file of parameters: {error}") from error
 
 
-def select_device(local_rank):
+def select_device(local_rank=0):
     """The GPU of this process, or the CPU, set to exact and repeatable arithmetic."""
     if not torch.cuda.is_available():
-        if sys.platform == "linux":  # have glibc reuse memory, not return it every step
-            M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
-            ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**30)
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**25)  # the most it takes
+        if sys.platform == "linux":  # have glibc keep memory, not return it every step
+            libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
+            libc.mallopt(trim_threshold, 2**30)
+            libc.mallopt(mmap_threshold, 2**25)  # the most that it takes
         return torch.device("cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
@@ -402,9 +384,9 @@ def select_device(local_rank):
 def main(argv=None):
     """Trains as the flags say; SystemExit with the documented status if that fails."""
     args = parse_arguments(argv)
-    epoch, step, log_dir, started = 0, 0, Path(args.log_dir), time.monotonic()
-    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # torchrun sets them
-    rank, local_rank, processes = (int(os.environ.get(k, v)) for k, v in names.items())
+    epoch, started, log_dir = 0, time.monotonic(), Path(args.log_dir)
+    ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # which torchrun sets
+    rank, local, processes = (int(os.environ.get(k, v)) for k, v in ranks.items())
 
     def interrupt(signum, frame):
         raise KeyboardInterrupt(signum)
@@ -412,85 +394,100 @@ def main(argv=None):
     try:
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, interrupt)
-        if rank > 0:
-            sys.stdout = open(os.devnull, "w")
+        if args.batch_size < 2 * processes:
+            raise RunError(
+                f"--batch-size: {2 * processes} or more for {processes} processes"
+            )
+        sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")  # noqa: SIM115
         sys.stdout.reconfigure(line_buffering=True)
-        device = select_device(local_rank)
+        device = select_device(local)
         args.dataset, *tensors = load_dataset(args.dataset, args.data_dir)
-        images, labels, *test_tensors = (tensor.to(device) for tensor in tensors)
-        others = ("data_dir", "log_dir", "resume")
-        settings = {k: v for k, v in vars(args).items() if k not in others}
-        args.cuda = device.type == "cuda"
-        size = 10_000 if args.cuda else 1_000
-        test_loader = list(zip(*(tensor.split(size) for tensor in test_tensors)))
+        images, labels, *tested = (tensor.to(device) for tensor in tensors)
+        test_size = 10_000 if images.is_cuda else 1_000
+        test_loader = list(zip(*(t.split(test_size) for t in tested), strict=True))
+        paths = ("data_dir", "log_dir", "resume")
+        settings = {k: v for k, v in vars(args).items() if k not in paths}
+        args.cuda = images.is_cuda
         lines = (f"   {name}:  {value}" for name, value in vars(args).items())
         print("Training LeNet on MNIST", *lines, "\n", sep="\n")
 
         torch.manual_seed(args.seed)
-        model = network = LeNet(args.dropout).to(device)
+        layout = torch.contiguous_format if args.cuda else torch.channels_last
+        model = network = LeNet(args.dropout).to(device, memory_format=layout)
         loss_function = nn.CrossEntropyLoss()
         lr = torch.tensor(args.lr, device=device) if args.cuda else args.lr
         optimizer = optim.SGD(model.parameters(), lr, args.momentum, fused=True)
+        run = {"epoch": 0, "step": 0, "settings": settings}
         log_dir.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(log_dir / f".lock-{rank}", timeout=0):
-            checkpoint = None
-            if rank == 0:
-                checkpoint = open_record(log_dir, settings, args.resume)
-            if processes > 1:
-                backend = "nccl" if args.cuda else "gloo"
-                distributed.init_process_group(backend, timeout=timedelta(minutes=1))
-                distributed.broadcast_object_list(shared := [checkpoint])
-                checkpoint = shared[0]
-            if checkpoint:
-                epoch, step = checkpoint["epoch"], checkpoint["step"]
-                model.load_state_dict(checkpoint["model"])
-                optimizer.load_state_dict(checkpoint["optimizer"])
-                optimizer.param_groups[0]["lr"] = lr
-            elif rank == 0:
-                save(log_dir, epoch, step, settings, model, optimizer)
-            if processes > 1:
-                if args.cuda:
-                    network = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-                network = nn.parallel.DistributedDataParallel(
-                    network, broadcast_buffers=False
-                )
-            schedule = Schedule(optimizer, args.schedule, args.epochs, epoch)
-            training_step = make_step(
-                network, loss_function, optimizer, images, labels, args.batch_size
-            )
-            log = log_dir / "train.csv" if rank == 0 else os.devnull
-            for epoch in range(epoch + 1, args.epochs + 1):
-                dropout_seed = np.random.default_rng((args.seed, epoch, rank + 1))
-                torch.manual_seed(dropout_seed.integers(2**32))
-                lr = float(schedule.get_last_lr()[0])
-                train_loader = shuffled_batches(
-                    images, args.batch_size, args.seed, epoch, rank, processes
-                )
-                with open(log, "a") as file:
-                    train(epoch, model, training_step, train_loader, lr, step + 1, file)
-                step += len(train_loader)
-                if rank == 0:
-                    loss, top1 = test(epoch, model, loss_function, test_loader)
-                    with open(log_dir / "test.csv", "a") as file:
-                        file.write(f"{epoch},{step},{lr:.8g},{loss:.9g},{top1:.9g}\n")
-                schedule.step()
-                if rank == 0:
-                    save(log_dir, epoch, step, settings, model, optimizer)
-        print(
-            f"Trained to epoch {epoch} in {time.monotonic() - started:.1f} s; record in {log_dir}"
-        )
+        lock = filelock.FileLock(log_dir / f".lock-{rank}", timeout=0)
+        lock.acquire()
+        checkpoint = None
+        if rank == 0:
+            checkpoint = open_record(log_dir, settings, args.resume)
         if processes > 1:
-            distributed.destroy_process_group()
+            distributed.init_process_group(timeout=timedelta(minutes=1))
+            distributed.broadcast_object_list(shared := [checkpoint])
+            checkpoint = shared[0]
+            if args.cuda:
+                network = model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            network = nn.parallel.DistributedDataParallel(
+                model, broadcast_buffers=False
+            )
+        if checkpoint:
+            run["epoch"], run["step"] = checkpoint["epoch"], checkpoint["step"]
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            optimizer.param_groups[0]["lr"] = lr
+        run |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        if rank == 0 and not checkpoint:
+            save(log_dir, run)
+        schedule = Schedule(optimizer, args.schedule, args.epochs, run["epoch"])
+        step = make_step(network, loss_function, optimizer, images, labels, processes)
+        train_csv = log_dir / "train.csv" if rank == 0 else os.devnull
+        for epoch in range(run["epoch"] + 1, args.epochs + 1):
+            train_loader = shuffled_batches(
+                images, args.batch_size, args.seed, epoch, rank, processes
+            )
+            dropout_seed = np.random.default_rng((args.seed, epoch, rank + 1))
+            torch.manual_seed(int(dropout_seed.integers(2**32)))
+            lr = float(schedule.get_last_lr()[0])
+            with open(train_csv, "a") as log:
+                train(epoch, model, step, train_loader, lr, run["step"] + 1, log)
+            run |= {"epoch": epoch, "step": run["step"] + len(train_loader)}
+            if rank == 0:
+                loss, top1 = test(epoch, model, loss_function, test_loader)
+                with open(log_dir / "test.csv", "a") as log:
+                    log.write(f"{epoch},{run['step']},{lr:.8g},{loss:.9g},{top1:.9g}\n")
+            schedule.step()
+            if rank == 0:
+                run |= {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                }
+                save(log_dir, run)
+        if epoch == 0:
+            print(f"The run in {log_dir} is finished: --epochs {args.epochs} are done")
+        else:
+            seconds = time.monotonic() - started
+            print(
+                f"Trained up to epoch {epoch} in {seconds:.1f} s: record in {log_dir}"
+            )
     except KeyboardInterrupt as stop:
         place = f"in epoch {epoch}" if epoch else "before training"
-        print(f"interrupted {place}: continue with --resume", file=sys.stderr)
+        if rank == 0:
+            print(f"interrupted {place}: continue with --resume", file=sys.stderr)
         sys.exit(128 + stop.args[0])
     except filelock.Timeout:
         sys.exit(f"main.py: error: another run is using --log-dir {log_dir}")
-    except RunError as error:
+    except (RunError, OSError) as error:
         sys.exit(f"main.py: error: {error}")
-    except OSError as error:
-        sys.exit(f"main.py: error: {error.filename or log_dir}: {error.strerror}")
+    except RuntimeError as error:
+        if processes == 1:
+            raise
+        reason = str(error).splitlines()[0]
+        sys.exit(
+            f"main.py: error: lost another process: go on with --resume ({reason})"
+        )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,10 @@ def one_line(finished, status):
 def write_idx(folder, part, images, labels):
     """Writes a part, train or t10k, of a dataset in the format of MNIST's files."""
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, magic, array in (("images-idx3", 2051, images), ("labels-idx1", 2049, labels)):
+    for kind, magic, array in (
+        ("images-idx3", 2051, images),
+        ("labels-idx1", 2049, labels),
+    ):
         header = np.array([magic, *array.shape], ">i4").tobytes()
         content = header + array.astype(np.uint8).tobytes()
         (folder / f"{part}-{kind}-ubyte").write_bytes(content)

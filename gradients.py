@@ -1,0 +1,194 @@
+"""Compare mini-batch gradients with the true gradient at every stored epoch of a run.
+
+python gradients.py               # ./logs: a table, gradients.csv and gradients.png
+python gradients.py --mode train  # with batch norm and dropout as they are in training
+
+In eval mode (dropout off, batch norm on its running statistics) the loss is a mean over
+images, so that the mini-batch gradients average to the true gradient G, that over all
+training images. In train mode they do not: the table's last column shows by how much.
+"""
+
+import argparse
+import copy
+import io
+import math
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while PyTorch is still loading: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from tqdm import tqdm
+
+from main import LeNet, RunError, load_dataset, load_parameters, select_device
+
+KEPT_BYTES = 2**31  # of mini-batch gradients held in memory; more are computed twice
+HEADER = f"""{"norm of a batch":>42}{"cosine with G":>23}{"|g_b - G| / |G|":>26}
+epoch  norm of G  {"mean [  5 %,   95 %]     " * 3}noise scale  |m - G|/|G|"""
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser("gradients.py", allow_abbrev=False)
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.error = lambda line: parser.exit(2, f"gradients.py: error: {line}\n")
+    add, names = parser.add_argument, ["auto", "mnist", "mnist-5k"]
+    add("log_dir", nargs="?", default="./logs", metavar="LOG_DIR", help="of main.py")
+    add("--data-dir", default="./data", metavar="DIR", help="has MNIST/raw/")
+    add("--dataset", default="auto", choices=names, help="auto: as main.py's")
+    add("--batch-size", type=int, default=128, metavar="N", help="images per batch")
+    add("--mode", default="eval", choices=["eval", "train"], help="for mini-batches")
+    add("--dropout", type=float, default=0.25, metavar="P", help="in train mode")
+    add("--seed", type=int, default=1, metavar="N", help="of the shuffle and dropout")
+    args = parser.parse_args(argv)
+    if args.batch_size < 1 + (args.mode == "train"):
+        parser.error("argument --batch-size: 1 or more, 2 or more in train mode")
+    if not 0 <= args.dropout < 1:
+        parser.error("argument --dropout: 0 or more, below 1")
+    if not 0 <= args.seed < 2**63:
+        parser.error("argument --seed: 0 or more, below 2**63")
+    return args
+
+
+def parameter_files(log_dir):
+    """The params files of a run by epoch, from 0 on. RunError: none, or one missing."""
+    names = [path.name for path in Path(log_dir, "params").glob("epoch-*.pkl")]
+    last = max([int(n[6:-4]) for n in names if re.fullmatch(r"\d+", n[6:-4])] or [0])
+    files = [Path(log_dir, "params", f"epoch-{i:02}.pkl") for i in range(last + 1)]
+    for file in files:
+        if not file.is_file():
+            raise RunError(f"{file} is missing: name a log dir of main.py, or train")
+    return files
+
+
+def load_model(path, dropout=0.25):
+    """A LeNet with the parameters in a file. RunError: they are not a LeNet's."""
+    model = LeNet(dropout)
+    try:
+        arrays = load_parameters(path)
+        model.load_state_dict({k: torch.tensor(v) for k, v in arrays.items()})
+    except (RunError, RuntimeError) as error:
+        line = f"{path} is no LeNet's: restore it or train again"
+        raise RunError(f"{line} ({str(error)[:200]})") from error
+    return model.to(memory_format=torch.channels_last)  # the quicker one on a CPU
+
+
+def random_batches(count, batch_size, seed):
+    """A random partition of `count` images: a list of int64 indices per mini-batch.
+
+    The last batch may be short, but one image, too few for batch norm in training,
+    joins the batch before it. RunError: there would be but one batch.
+    """
+    order = np.random.default_rng(seed).permutation(count)
+    batches = list(torch.from_numpy(order).split(batch_size))
+    if batch_size > 1 and len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    if len(batches) < 2:
+        raise RunError(f"--batch-size: choose one well below the {count} images")
+    return batches
+
+
+def batch_gradients(model, images, labels, batches, name):
+    """Yields the gradient of each batch's mean loss as one vector, float32 P."""
+    parameters = list(model.parameters())
+    for batch in tqdm(batches, name, leave=False, disable=None):  # on terminals only
+        loss = torch.nn.functional.cross_entropy(model(images[batch]), labels[batch])
+        parts = torch.autograd.grad(loss, parameters)
+        yield torch.cat([part.flatten() for part in parts])
+
+
+def compare(model, images, labels, batches, mode="eval", name=None):
+    """Compares the gradients g_b of the batches, a partition of N images, with G.
+
+    Returns a dict: the norm of G in nats per unit of parameter; of the norm of g_b, its
+    cosine with G and its distance |g_b - G| / |G| the mean and the 5th and 95th
+    percentile over batches; the gradient noise scale, in images; and the distance of m,
+    the mean of g_b weighted by batch size, from G. The model is left as it is.
+
+    The noise scale is tr(S) / |G|^2 of McCandlish et al. 2018 (arXiv:1812.06162), where
+    S = sum_i (g_i - G)(g_i - G)' / N is the covariance of the gradients of N images. A
+    batch holds B_b of them, drawn without replacement: two that differ have covariance
+    -S / (N - 1), so that E|g_b - G|^2 = tr(S) f_b, f_b = (N - B_b) / (B_b (N - 1)), and
+    sum_b |g_b - G|^2 / sum_b f_b estimates tr(S) without bias; |G|^2 is exact. In train
+    mode m, the gradient that training follows, takes the place of G in both.
+    """
+    weights = [len(batch) / len(images) for batch in batches]
+    size = sum(parameter.numel() for parameter in model.parameters())
+    kept, keep = [], mode == "eval" and len(batches) * size * 4 <= KEPT_BYTES
+    model = copy.deepcopy(model).eval()  # train mode changes its running statistics
+    true, shift, total = torch.zeros(3, size, dtype=torch.float64, device=images.device)
+    gradients = batch_gradients(model, images, labels, batches, name)
+    for gradient, weight in zip(gradients, weights):
+        true.add_(gradient, alpha=weight)
+        kept += [gradient] if keep else []
+    if not keep:
+        model.train(mode == "train")
+        kept = batch_gradients(model, images, labels, batches, name)
+    values, norm = [], true.norm()
+    for gradient, weight in zip(kept, weights):
+        gradient = gradient.double()
+        difference = gradient - true
+        shift.add_(difference, alpha=weight)  # ends as m - G
+        total.add_(difference)
+        length, cosine = gradient.norm(), gradient @ true / (gradient.norm() * norm)
+        values.append(torch.stack([length, cosine, difference.norm() / norm]))
+    values = torch.stack(values).cpu().numpy()  # batches x 3
+    squares = (values[:, 2] ** 2).sum() * norm**2  # about G, and now about m
+    squares += len(batches) * shift.square().sum() - 2 * shift @ total
+    factors = [(1 / weight - 1) / (len(images) - 1) for weight in weights]
+    row = {"true_norm": norm.item()}
+    for key, column in zip(("norm", "cosine", "distance"), values.T):
+        low, high = np.percentile(column, [5, 95])
+        row |= {f"{key}_mean": column.mean(), f"{key}_p5": low, f"{key}_p95": high}
+    scale = squares / sum(factors) / (true + shift).square().sum()
+    return row | {
+        "noise_scale": scale.item(),
+        "mean_distance": (shift.norm() / norm).item(),
+    }
+
+
+def draw(rows, title, batch_size):
+    """The picture of the rows, as the bytes of a PNG file; colours: Okabe and Ito's."""
+    figure = Figure(figsize=(11, 3.6), dpi=120, layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    norms, cosines, scales = figure.subplots(1, 3)
+    column = {key: [row[key] for row in rows] for key in rows[0]}
+    epochs, label = column["epoch"], "mini-batches: mean, 5 to 95 %"
+    for axes, key in ((norms, "norm"), (cosines, "cosine")):
+        axes.plot(epochs, column[f"{key}_mean"], "o-", color="#D55E00", label=label)
+        band = column[f"{key}_p5"], column[f"{key}_p95"]
+        axes.fill_between(epochs, *band, color="#D55E00", alpha=0.2, lw=0)
+        axes.vlines(epochs, *band, color="#D55E00", alpha=0.4)  # one epoch has no area
+    norms.plot(
+        epochs, column["true_norm"], "s-", color="#0072B2", label="true gradient"
+    )
+    scales.plot(
+        epochs, column["noise_scale"], "o-", color="#009E73", label="noise scale"
+    )
+    scales.axhline(
+        batch_size, color="#000000", ls="--", label=f"batch size {batch_size}"
+    )
+    norms.set(yscale="log", ylabel="gradient norm (nats per unit of parameter)")
+    cosines.set(ylabel="cosine with the true gradient (no unit)")
+    scales.set(yscale="log", ylabel="gradient noise scale (images)")
+    for axes in (norms, cosines, scales):
+        axes.set_xlabel("epoch (0: before training)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.legend(fontsize=8)
+    figure.savefig(buffer := io.BytesIO(), format="png")
+    return buffer.getvalue()
+
+
+def report(args):
+    """Prints the table and its verdict, and writes both files. RunError, OSError."""
+    log_dir, rows = Path(args.log_dir), []
+    files = parameter_files(log_dir)
+    for file in files:  # rather now than after minutes of work
+        load_model(file)
+    pass
