@@ -13,7 +13,6 @@ import copy
 import io
 import math
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -24,7 +23,6 @@ if __name__ == "__main__":  # Ctrl-C while PyTorch is still loading: no tracebac
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from main import LeNet, RunError, load_dataset, load_parameters, select_device
@@ -47,24 +45,11 @@ def parse_arguments(argv=None):
     add("--dropout", type=float, default=0.25, metavar="P", help="in train mode")
     add("--seed", type=int, default=1, metavar="N", help="of the shuffle and dropout")
     args = parser.parse_args(argv)
-    if args.batch_size < 1 + (args.mode == "train"):
-        parser.error("argument --batch-size: 1 or more, 2 or more in train mode")
-    if not 0 <= args.dropout < 1:
-        parser.error("argument --dropout: 0 or more, below 1")
-    if not 0 <= args.seed < 2**63:
-        parser.error("argument --seed: 0 or more, below 2**63")
+    if args.batch_size < (least := 2 if args.mode == "train" else 1):
+        parser.error(f"argument --batch-size: {least} or more in {args.mode} mode")
+    if not (0 <= args.dropout < 1 and 0 <= args.seed < 2**63):
+        parser.error("--dropout must be 0 or more, below 1; --seed 0 to 2**63 - 1")
     return args
-
-
-def parameter_files(log_dir):
-    """The params files of a run by epoch, from 0 on. RunError: none, or one missing."""
-    names = [path.name for path in Path(log_dir, "params").glob("epoch-*.pkl")]
-    last = max([int(n[6:-4]) for n in names if re.fullmatch(r"\d+", n[6:-4])] or [0])
-    files = [Path(log_dir, "params", f"epoch-{i:02}.pkl") for i in range(last + 1)]
-    for file in files:
-        if not file.is_file():
-            raise RunError(f"{file} is missing: name a log dir of main.py, or train")
-    return files
 
 
 def load_model(path, dropout=0.25):
@@ -74,8 +59,8 @@ def load_model(path, dropout=0.25):
         arrays = load_parameters(path)
         model.load_state_dict({k: torch.tensor(v) for k, v in arrays.items()})
     except (RunError, RuntimeError) as error:
-        line = f"{path} is no LeNet's: restore it or train again"
-        raise RunError(f"{line} ({str(error)[:200]})") from error
+        line = f"{path} is missing or no LeNet's: restore it, train, or name another"
+        raise RunError(f"{line} log dir ({str(error)[-120:]})") from error
     return model.to(memory_format=torch.channels_last)  # the quicker one on a CPU
 
 
@@ -147,10 +132,8 @@ def compare(model, images, labels, batches, mode="eval", name=None):
         low, high = np.percentile(column, [5, 95])
         row |= {f"{key}_mean": column.mean(), f"{key}_p5": low, f"{key}_p95": high}
     scale = squares / sum(factors) / (true + shift).square().sum()
-    return row | {
-        "noise_scale": scale.item(),
-        "mean_distance": (shift.norm() / norm).item(),
-    }
+    distance = shift.norm() / norm
+    return row | {"noise_scale": scale.item(), "mean_distance": distance.item()}
 
 
 def draw(rows, title, batch_size):
@@ -165,30 +148,92 @@ def draw(rows, title, batch_size):
         band = column[f"{key}_p5"], column[f"{key}_p95"]
         axes.fill_between(epochs, *band, color="#D55E00", alpha=0.2, lw=0)
         axes.vlines(epochs, *band, color="#D55E00", alpha=0.4)  # one epoch has no area
-    norms.plot(
-        epochs, column["true_norm"], "s-", color="#0072B2", label="true gradient"
-    )
-    scales.plot(
-        epochs, column["noise_scale"], "o-", color="#009E73", label="noise scale"
-    )
-    scales.axhline(
-        batch_size, color="#000000", ls="--", label=f"batch size {batch_size}"
-    )
+    norms.plot(epochs, column["true_norm"], "s-", c="#0072B2", label="true gradient")
+    scales.plot(epochs, column["noise_scale"], "o-", c="#009E73", label="noise scale")
+    scales.axhline(batch_size, c="#000000", ls="--", label=f"batch size {batch_size}")
     norms.set(yscale="log", ylabel="gradient norm (nats per unit of parameter)")
     cosines.set(ylabel="cosine with the true gradient (no unit)")
     scales.set(yscale="log", ylabel="gradient noise scale (images)")
     for axes in (norms, cosines, scales):
         axes.set_xlabel("epoch (0: before training)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.legend(fontsize=8)
     figure.savefig(buffer := io.BytesIO(), format="png")
     return buffer.getvalue()
 
 
-def report(args):
-    """Prints the table and its verdict, and writes both files. RunError, OSError."""
-    log_dir, rows = Path(args.log_dir), []
-    files = parameter_files(log_dir)
+def report(args, log_dir):
+    """Prints a row per epoch and the verdict, and writes both files."""
+    count = len(list(log_dir.glob("params/epoch-*[0-9].pkl")))  # numbered from 0 on
+    files = [log_dir / f"params/epoch-{i:02}.pkl" for i in range(max(count, 1))]
     for file in files:  # rather now than after minutes of work
         load_model(file)
-    pass
+    outputs = [log_dir / "gradients.csv", log_dir / "gradients.png"]
+    for path in outputs:  # an empty folder would be in the way, a file is replaced
+        path.with_suffix(".tmp").touch()
+        path.with_suffix(".tmp").unlink()
+    device = select_device(0)
+    dataset, images, labels, *_ = load_dataset(args.dataset, args.data_dir)
+    batches = random_batches(len(images), args.batch_size, args.seed)
+    images, labels, *batches = (x.to(device) for x in (images, labels, *batches))
+    title = f"{args.mode} mode: {len(batches)} mini-batches of {args.batch_size} "
+    title += f"against the true gradient of {len(images)} images of {dataset}"
+    if args.mode == "train":
+        title += f"; batch norm by batch, dropout {args.dropout:g}"
+    print(title, HEADER, sep="\n", flush=True)
+    rows = []
+    for epoch, file in enumerate(files):
+        torch.manual_seed(args.seed)  # for dropout
+        model = load_model(file, args.dropout).to(device)
+        row = compare(model, images, labels, batches, args.mode, f"Epoch {epoch}")
+        if not all(map(math.isfinite, row.values())):
+            raise RunError(f"{file} gives gradients of 0 or not finite: train again")
+        line = f"{epoch:5}{row['true_norm']:11.3g}"
+        for key in ("norm", "cosine", "distance"):
+            line += "  {:6.3g} [{:6.3g}, {:6.3g}]".format(
+                *(row[f"{key}_{part}"] for part in ("mean", "p5", "p95"))
+            )
+        print(
+            f"{line}{row['noise_scale']:14.4g}{row['mean_distance']:13.2g}", flush=True
+        )
+        rows.append({"epoch": epoch, "mode": args.mode} | row)
+    lines = [rows[0], *(row.values() for row in rows)]
+    table = "".join(",".join(map(str, line)) + "\n" for line in lines)
+    for path, content in zip(
+        outputs, (table.encode(), draw(rows, title, args.batch_size))
+    ):
+        path.with_suffix(".tmp").write_bytes(content)
+        os.replace(path.with_suffix(".tmp"), path)
+    ratio = row["noise_scale"] / args.batch_size
+    text = "about balance the number of steps and of images per step"
+    if ratio > 2:
+        text = "are mostly noise, and larger ones would save steps nearly in proportion"
+    elif ratio < 0.5:
+        text = "are mostly signal, and larger ones would save few steps"
+    print(
+        f"At epoch {epoch} the noise scale ({args.mode} mode) is {row['noise_scale']:,.0f} images, "
+        f"{ratio:.2g} times the batch size: batches of {args.batch_size} {text}."
+    )
+
+
+def main(argv=None):
+    """Does as the flags say; SystemExit with the documented status if that fails."""
+    args = parse_arguments(argv)
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt(signum)
+
+    try:
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
+        report(args, Path(args.log_dir))
+    except KeyboardInterrupt as stop:
+        print("interrupted: nothing is written", file=sys.stderr)
+        sys.exit(128 + stop.args[0])
+    except (RunError, OSError) as error:
+        line = " ".join(str(error).split())
+        sys.exit(f"gradients.py: error: {line}")
+
+
+if __name__ == "__main__":
+    main()

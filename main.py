@@ -209,13 +209,14 @@ class Schedule(optim.lr_scheduler.LambdaLR):
         super().__init__(optimizer, lambda done: factor(done / epochs), epoch - 1)
 
 
-def make_step(network, loss_function, optimizer, images, labels, processes=1):
+def make_step(network, loss_function, optimizer, images, labels):
     """Returns a function that trains on a share of a batch: (indices, fraction) -> loss.
 
     The loss is the share's part of the batch's mean, on the device. On one GPU the step
     is captured as a CUDA graph, which runs nothing, and replayed for batches as large.
     The steps before that, which set up what lasts, are real ones, so no bit changes.
     """
+    processes = distributed.get_world_size() if distributed.is_initialized() else 1
     static_index, static_loss, graph, steps = None, None, None, 0
 
     def eager(index, fraction):
@@ -299,7 +300,7 @@ def open_record(log_dir, settings, resume):
     if resume and len(old) == len(names) and not moving.exists():
         try:
             checkpoint = torch.load(old[3], map_location="cpu", weights_only=True)
-            lengths, other = checkpoint["lengths"], checkpoint["settings"]
+            other = checkpoint["settings"]
         except Exception as error:  # reading foreign bytes raises nearly anything
             raise RunError(f"{old[3]} is broken: start without --resume") from error
         if settings["schedule"] == "constant" and settings["epochs"] > other["epochs"]:
@@ -307,13 +308,12 @@ def open_record(log_dir, settings, resume):
         flags = [f"--{k} {v}" for k, v in other.items() if v != settings[k]]
         if flags:
             line = f"the run in {log_dir} has {' '.join(flags)}".replace("_", "-")
-            raise RunError(
-                f"{line}: resume it with the same, or start without --resume"
-            )
-        for path, length in zip(old[:2], lengths, strict=True):
-            if path.stat().st_size < length:
-                raise RunError(f"{path} was cut: start without --resume")
-            os.truncate(path, length)
+            raise RunError(f"{line}: give the same, or start without --resume")
+        for path, rows in zip(old, (checkpoint["step"], checkpoint["epoch"])):
+            lines = path.read_bytes().splitlines(keepends=True)
+            if len(lines) <= rows:
+                raise RunError(f"{path} has lost rows: start without --resume")
+            os.truncate(path, len(b"".join(lines[: rows + 1])))
         return checkpoint
     if old or moving.exists():
         moving.mkdir(exist_ok=True)
@@ -328,21 +328,19 @@ def open_record(log_dir, settings, resume):
     return None
 
 
-def save(log_dir, checkpoint):
-    """Stores the parameters of an epoch, then the checkpoint that --resume reads."""
-    params, state = f"epoch-{checkpoint['epoch']:02}.pkl", checkpoint["model"].items()
-    arrays = {k: v.float().cpu().contiguous().numpy() for k, v in state}
-    (log_dir / "params" / params).write_bytes(pickle.dumps(arrays, protocol=4))
-    lengths = []
-    for name in ("train.csv", "test.csv", f"params/{params}"):
-        with open(log_dir / name, "rb+") as file:
+def save(log_dir, epoch, step, settings, model, optimizer):
+    """Stores an epoch's parameters, then the checkpoint, whole or not at all."""
+    run = {"epoch": epoch, "step": step, "settings": settings}
+    run |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    arrays = {k: v.float().cpu().contiguous().numpy() for k, v in run["model"].items()}
+    torch.save(run, buffer := io.BytesIO())
+    names = ("train.csv", "test.csv", f"params/epoch-{epoch:02}.pkl", "checkpoint.tmp")
+    contents = (b"", b"", pickle.dumps(arrays, protocol=4), buffer.getvalue())
+    for name, content in zip(names, contents):
+        with open(log_dir / name, "wb" if content else "ab") as file:
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
-            lengths.append(file.seek(0, os.SEEK_END))
-    torch.save(checkpoint | {"lengths": lengths[:2]}, buffer := io.BytesIO())
-    with open(log_dir / "checkpoint.tmp", "wb") as file:
-        file.write(buffer.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
     os.replace(log_dir / "checkpoint.tmp", log_dir / "checkpoint.pt")
 
 
@@ -384,7 +382,7 @@ def select_device(local_rank=0):
 def main(argv=None):
     """Trains as the flags say; SystemExit with the documented status if that fails."""
     args = parse_arguments(argv)
-    epoch, started, log_dir = 0, time.monotonic(), Path(args.log_dir)
+    epoch, step, log_dir, started = 0, 0, Path(args.log_dir), time.monotonic()
     ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # which torchrun sets
     rank, local, processes = (int(os.environ.get(k, v)) for k, v in ranks.items())
 
@@ -395,16 +393,14 @@ def main(argv=None):
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, interrupt)
         if args.batch_size < 2 * processes:
-            raise RunError(
-                f"--batch-size: {2 * processes} or more for {processes} processes"
-            )
+            raise RunError(f"--batch-size: {2 * processes} or more, two per process")
         sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")  # noqa: SIM115
         sys.stdout.reconfigure(line_buffering=True)
         device = select_device(local)
         args.dataset, *tensors = load_dataset(args.dataset, args.data_dir)
         images, labels, *tested = (tensor.to(device) for tensor in tensors)
-        test_size = 10_000 if images.is_cuda else 1_000
-        test_loader = list(zip(*(t.split(test_size) for t in tested), strict=True))
+        size = 10_000 if images.is_cuda else 1_000
+        test_loader = list(zip(*(tensor.split(size) for tensor in tested), strict=True))
         paths = ("data_dir", "log_dir", "resume")
         settings = {k: v for k, v in vars(args).items() if k not in paths}
         args.cuda = images.is_cuda
@@ -417,61 +413,43 @@ def main(argv=None):
         loss_function = nn.CrossEntropyLoss()
         lr = torch.tensor(args.lr, device=device) if args.cuda else args.lr
         optimizer = optim.SGD(model.parameters(), lr, args.momentum, fused=True)
-        run = {"epoch": 0, "step": 0, "settings": settings}
         log_dir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(log_dir / f".lock-{rank}", timeout=0)
         lock.acquire()
-        checkpoint = None
-        if rank == 0:
-            checkpoint = open_record(log_dir, settings, args.resume)
+        checkpoint = [rank == 0 and open_record(log_dir, settings, args.resume)]
         if processes > 1:
             distributed.init_process_group(timeout=timedelta(minutes=1))
-            distributed.broadcast_object_list(shared := [checkpoint])
-            checkpoint = shared[0]
+            distributed.broadcast_object_list(checkpoint)
             if args.cuda:
                 network = model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            network = nn.parallel.DistributedDataParallel(
-                model, broadcast_buffers=False
-            )
-        if checkpoint:
-            run["epoch"], run["step"] = checkpoint["epoch"], checkpoint["step"]
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            network = nn.parallel.DistributedDataParallel(network)
+        if checkpoint[0]:
+            epoch, step, _, parameters, momentum = checkpoint[0].values()
+            model.load_state_dict(parameters)
+            optimizer.load_state_dict(momentum)
             optimizer.param_groups[0]["lr"] = lr
-        run |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        if rank == 0 and not checkpoint:
-            save(log_dir, run)
-        schedule = Schedule(optimizer, args.schedule, args.epochs, run["epoch"])
-        step = make_step(network, loss_function, optimizer, images, labels, processes)
-        train_csv = log_dir / "train.csv" if rank == 0 else os.devnull
-        for epoch in range(run["epoch"] + 1, args.epochs + 1):
-            train_loader = shuffled_batches(
-                images, args.batch_size, args.seed, epoch, rank, processes
-            )
-            dropout_seed = np.random.default_rng((args.seed, epoch, rank + 1))
-            torch.manual_seed(int(dropout_seed.integers(2**32)))
+        elif rank == 0:
+            save(log_dir, epoch, step, settings, model, optimizer)
+        schedule = Schedule(optimizer, args.schedule, args.epochs, epoch)
+        train_step = make_step(network, loss_function, optimizer, images, labels)
+        new = range(epoch + 1, args.epochs + 1)
+        for epoch in new:
+            shuffle = args.batch_size, args.seed, epoch, rank, processes
+            train_loader = shuffled_batches(images, *shuffle)
+            noise = np.random.default_rng((args.seed, epoch, rank + 1))
+            torch.manual_seed(int(noise.integers(2**32)))  # for dropout
             lr = float(schedule.get_last_lr()[0])
-            with open(train_csv, "a") as log:
-                train(epoch, model, step, train_loader, lr, run["step"] + 1, log)
-            run |= {"epoch": epoch, "step": run["step"] + len(train_loader)}
+            with open(log_dir / "train.csv" if rank == 0 else os.devnull, "a") as log:
+                train(epoch, model, train_step, train_loader, lr, step + 1, log)
+            step += len(train_loader)
             if rank == 0:
                 loss, top1 = test(epoch, model, loss_function, test_loader)
                 with open(log_dir / "test.csv", "a") as log:
-                    log.write(f"{epoch},{run['step']},{lr:.8g},{loss:.9g},{top1:.9g}\n")
+                    log.write(f"{epoch},{step},{lr:.8g},{loss:.9g},{top1:.9g}\n")
+                save(log_dir, epoch, step, settings, model, optimizer)
             schedule.step()
-            if rank == 0:
-                run |= {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                }
-                save(log_dir, run)
-        if epoch == 0:
-            print(f"The run in {log_dir} is finished: --epochs {args.epochs} are done")
-        else:
-            seconds = time.monotonic() - started
-            print(
-                f"Trained up to epoch {epoch} in {seconds:.1f} s: record in {log_dir}"
-            )
+        duration = f"{len(new)} of them now, in {time.monotonic() - started:.1f} s"
+        print(f"Finished {epoch} epochs, {duration}; their record is in {log_dir}")
     except KeyboardInterrupt as stop:
         place = f"in epoch {epoch}" if epoch else "before training"
         if rank == 0:
@@ -484,10 +462,7 @@ def main(argv=None):
     except RuntimeError as error:
         if processes == 1:
             raise
-        reason = str(error).splitlines()[0]
-        sys.exit(
-            f"main.py: error: lost another process: go on with --resume ({reason})"
-        )
+        sys.exit(f"main.py: error: lost another process, use --resume: {error}")
 
 
 if __name__ == "__main__":
