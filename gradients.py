@@ -11,7 +11,6 @@ training images. In train mode they do not: the table's last column shows by how
 import argparse
 import copy
 import io
-import math
 import os
 import signal
 import sys
@@ -28,8 +27,11 @@ from tqdm import tqdm
 from main import LeNet, RunError, load_dataset, load_parameters, select_device
 
 KEPT_BYTES = 2**31  # of mini-batch gradients held in memory; more are computed twice
-HEADER = f"""{"norm of a batch":>42}{"cosine with G":>23}{"|g_b - G| / |G|":>26}
-epoch  norm of G  {"mean [  5 %,   95 %]     " * 3}noise scale  |m - G|/|G|"""
+HEADER = """\
+                      norm of a batch           cosine with G         |g_b - G| / |G|
+epoch norm of G    mean [  5 %,   95 %]    mean [  5 %,   95 %]    mean [  5 %,   95 %]\
+  noise scale  |m - G| / |G|"""
+ROW = "{:5}{:10.3g}" + "  {:6.3g} [{:6.3g},{:7.3g}]" * 3 + "{:13.4g}{:15.2g}"
 
 
 def parse_arguments(argv=None):
@@ -99,15 +101,16 @@ def compare(model, images, labels, batches, mode="eval", name=None):
     The noise scale is tr(S) / |G|^2 of McCandlish et al. 2018 (arXiv:1812.06162), where
     S = sum_i (g_i - G)(g_i - G)' / N is the covariance of the gradients of N images. A
     batch holds B_b of them, drawn without replacement: two that differ have covariance
-    -S / (N - 1), so that E|g_b - G|^2 = tr(S) f_b, f_b = (N - B_b) / (B_b (N - 1)), and
-    sum_b |g_b - G|^2 / sum_b f_b estimates tr(S) without bias; |G|^2 is exact. In train
-    mode m, the gradient that training follows, takes the place of G in both.
+    -S / (N - 1), so that E|g_b - G|^2 = tr(S) (N - B_b) / (B_b (N - 1)). Weighted by
+    B_b / N these sum, over the M batches, to tr(S) (M - 1) / (N - 1), which gives an
+    estimate of tr(S) without bias; |G|^2 is exact. In train mode m, the gradient that
+    training follows, takes the place of G in both.
     """
     weights = [len(batch) / len(images) for batch in batches]
     size = sum(parameter.numel() for parameter in model.parameters())
     kept, keep = [], mode == "eval" and len(batches) * size * 4 <= KEPT_BYTES
     model = copy.deepcopy(model).eval()  # train mode changes its running statistics
-    true, shift, total = torch.zeros(3, size, dtype=torch.float64, device=images.device)
+    true, shift = torch.zeros(2, size, dtype=torch.float64, device=images.device)
     gradients = batch_gradients(model, images, labels, batches, name)
     for gradient, weight in zip(gradients, weights):
         true.add_(gradient, alpha=weight)
@@ -120,20 +123,16 @@ def compare(model, images, labels, batches, mode="eval", name=None):
         gradient = gradient.double()
         difference = gradient - true
         shift.add_(difference, alpha=weight)  # ends as m - G
-        total.add_(difference)
         length, cosine = gradient.norm(), gradient @ true / (gradient.norm() * norm)
         values.append(torch.stack([length, cosine, difference.norm() / norm]))
-    values = torch.stack(values).cpu().numpy()  # batches x 3
-    squares = (values[:, 2] ** 2).sum() * norm**2  # about G, and now about m
-    squares += len(batches) * shift.square().sum() - 2 * shift @ total
-    factors = [(1 / weight - 1) / (len(images) - 1) for weight in weights]
-    row = {"true_norm": norm.item()}
+    values, norm = torch.stack(values).cpu().numpy(), norm.item()  # batches x 3
+    row, distance = {"true_norm": norm}, shift.norm().item() / norm
     for key, column in zip(("norm", "cosine", "distance"), values.T):
         low, high = np.percentile(column, [5, 95])
         row |= {f"{key}_mean": column.mean(), f"{key}_p5": low, f"{key}_p95": high}
-    scale = squares / sum(factors) / (true + shift).square().sum()
-    distance = shift.norm() / norm
-    return row | {"noise_scale": scale.item(), "mean_distance": distance.item()}
+    spread = np.dot(weights, values[:, 2] ** 2) - distance**2  # about m, in |G|^2
+    spread *= (norm / (true + shift).norm().item()) ** 2 / (len(batches) - 1)
+    return row | {"noise_scale": spread * (len(images) - 1), "mean_distance": distance}
 
 
 def draw(rows, title, batch_size):
@@ -144,7 +143,7 @@ def draw(rows, title, batch_size):
     column = {key: [row[key] for row in rows] for key in rows[0]}
     epochs, label = column["epoch"], "mini-batches: mean, 5 to 95 %"
     for axes, key in ((norms, "norm"), (cosines, "cosine")):
-        axes.plot(epochs, column[f"{key}_mean"], "o-", color="#D55E00", label=label)
+        axes.plot(epochs, column[f"{key}_mean"], "o-", c="#D55E00", label=label)
         band = column[f"{key}_p5"], column[f"{key}_p95"]
         axes.fill_between(epochs, *band, color="#D55E00", alpha=0.2, lw=0)
         axes.vlines(epochs, *band, color="#D55E00", alpha=0.4)  # one epoch has no area
@@ -163,15 +162,14 @@ def draw(rows, title, batch_size):
 
 
 def report(args, log_dir):
-    """Prints a row per epoch and the verdict, and writes both files."""
+    """Prints a row per epoch and a verdict, and writes both files, whole or not."""
     count = len(list(log_dir.glob("params/epoch-*[0-9].pkl")))  # numbered from 0 on
     files = [log_dir / f"params/epoch-{i:02}.pkl" for i in range(max(count, 1))]
     for file in files:  # rather now than after minutes of work
         load_model(file)
-    outputs = [log_dir / "gradients.csv", log_dir / "gradients.png"]
-    for path in outputs:  # an empty folder would be in the way, a file is replaced
-        path.with_suffix(".tmp").touch()
-        path.with_suffix(".tmp").unlink()
+    temporary, rows = log_dir / "gradients.tmp", []
+    temporary.touch()
+    temporary.unlink()
     device = select_device(0)
     dataset, images, labels, *_ = load_dataset(args.dataset, args.data_dir)
     batches = random_batches(len(images), args.batch_size, args.seed)
@@ -181,58 +179,42 @@ def report(args, log_dir):
     if args.mode == "train":
         title += f"; batch norm by batch, dropout {args.dropout:g}"
     print(title, HEADER, sep="\n", flush=True)
-    rows = []
     for epoch, file in enumerate(files):
         torch.manual_seed(args.seed)  # for dropout
         model = load_model(file, args.dropout).to(device)
         row = compare(model, images, labels, batches, args.mode, f"Epoch {epoch}")
-        if not all(map(math.isfinite, row.values())):
-            raise RunError(f"{file} gives gradients of 0 or not finite: train again")
-        line = f"{epoch:5}{row['true_norm']:11.3g}"
-        for key in ("norm", "cosine", "distance"):
-            line += "  {:6.3g} [{:6.3g}, {:6.3g}]".format(
-                *(row[f"{key}_{part}"] for part in ("mean", "p5", "p95"))
-            )
-        print(
-            f"{line}{row['noise_scale']:14.4g}{row['mean_distance']:13.2g}", flush=True
-        )
+        if not np.isfinite(list(row.values())).all():
+            raise RunError(f"{file} gives gradients that are not finite: train again")
+        print(ROW.format(epoch, *row.values()), flush=True)
         rows.append({"epoch": epoch, "mode": args.mode} | row)
-    lines = [rows[0], *(row.values() for row in rows)]
-    table = "".join(",".join(map(str, line)) + "\n" for line in lines)
-    for path, content in zip(
-        outputs, (table.encode(), draw(rows, title, args.batch_size))
-    ):
-        path.with_suffix(".tmp").write_bytes(content)
-        os.replace(path.with_suffix(".tmp"), path)
+    lines = [",".join(map(str, row)) for row in (rows[0], *(r.values() for r in rows))]
+    contents = {"csv": "\n".join([*lines, ""]).encode()}
+    contents["png"] = draw(rows, title, args.batch_size)
+    for suffix, content in contents.items():
+        temporary.write_bytes(content)
+        os.replace(temporary, log_dir / f"gradients.{suffix}")
     ratio = row["noise_scale"] / args.batch_size
-    text = "about balance the number of steps and of images per step"
-    if ratio > 2:
-        text = "are mostly noise, and larger ones would save steps nearly in proportion"
-    elif ratio < 0.5:
-        text = "are mostly signal, and larger ones would save few steps"
+    text = "noise, and larger ones would save steps nearly in proportion"
+    if ratio < 1:
+        text = "signal, and larger ones would save few steps for the work"
     print(
-        f"At epoch {epoch} the noise scale ({args.mode} mode) is {row['noise_scale']:,.0f} images, "
-        f"{ratio:.2g} times the batch size: batches of {args.batch_size} {text}."
+        f"At epoch {epoch} the noise scale is {ratio:.2g} times the batch size:",
+        end=" ",
     )
+    print(f"in {args.mode} mode batches of {args.batch_size} are more {text}.")
 
 
 def main(argv=None):
     """Does as the flags say; SystemExit with the documented status if that fails."""
     args = parse_arguments(argv)
-
-    def interrupt(signum, frame):
-        raise KeyboardInterrupt(signum)
-
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, interrupt)
         report(args, Path(args.log_dir))
-    except KeyboardInterrupt as stop:
-        print("interrupted: nothing is written", file=sys.stderr)
-        sys.exit(128 + stop.args[0])
-    except (RunError, OSError) as error:
-        line = " ".join(str(error).split())
-        sys.exit(f"gradients.py: error: {line}")
+    except RunError as error:
+        sys.exit(f"gradients.py: error: {' '.join(str(error).split())}")
+    except OSError as error:
+        sys.exit(f"gradients.py: error: {error}: {args.log_dir} must be writable")
 
 
 if __name__ == "__main__":
