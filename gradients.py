@@ -3,8 +3,8 @@
 python gradients.py [LOG_DIR] [--mode train]    # all flags: python gradients.py --help
 
 In eval mode (dropout off, batch norm on its running statistics) the loss is a mean over
-images, so that the mini-batch gradients average to the true gradient G, that over all
-training images. In train mode they do not: the table's last column shows by how much.
+images, and the mini-batch gradients average to the true gradient G, of all training
+images. In train mode they do not: the table's last column shows by how much.
 """
 
 import argparse
@@ -86,18 +86,17 @@ def batch_gradients(model, images, labels, batches, name):
 def compare(model, images, labels, batches, mode="eval", name=None):
     """Compares the gradients g_b of the batches, a partition of N images, with G.
 
-    Returns a dict: the norm of G in nats per unit of parameter; of the norm of g_b, its
-    cosine with G and its distance |g_b - G| / |G| the mean and the 5th and 95th
-    percentile over batches; the gradient noise scale, in images; and the distance of m,
-    the mean of g_b weighted by batch size, from G. The model is left as it is.
+    Returns a dict: the norm of G in nats per unit of parameter; mean, 5th and 95th
+    percentile over batches of the norm of g_b, of its cosine with G and of its distance
+    |g_b - G| / |G|; the gradient noise scale, in images; and the distance |m - G| / |G|
+    of m, the mean of g_b weighted by batch size. The model is left as it is.
 
     The noise scale is tr(S) / |G|^2 of McCandlish et al. 2018 (arXiv:1812.06162), where
     S = sum_i (g_i - G)(g_i - G)' / N is the covariance of the gradients of N images. A
     batch holds B_b of them, drawn without replacement: two that differ have covariance
     -S / (N - 1), so that E|g_b - G|^2 = tr(S) (N - B_b) / (B_b (N - 1)). Weighted by
-    B_b / N these sum, over the M batches, to tr(S) (M - 1) / (N - 1), which gives an
-    estimate of tr(S) without bias; |G|^2 is exact. In train mode m, the gradient that
-    training follows, takes the place of G in both.
+    B_b / N these sum to tr(S) (M - 1) / (N - 1) over M batches: an estimate without
+    bias. |G|^2 is exact. In train mode m, which training follows, replaces G in both.
     """
     weights = [len(batch) / len(images) for batch in batches]
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -130,7 +129,7 @@ def compare(model, images, labels, batches, mode="eval", name=None):
 
 def draw(rows, title, batch_size, path):
     """Draws the rows into a PNG file, in the colours of Okabe and Ito."""
-    figure = Figure(figsize=(11, 3.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(11, 4), dpi=120, layout="constrained")
     figure.suptitle(title, fontsize=10)
     norms, cosines, scales = figure.subplots(1, 3)
     column = {key: [row[key] for row in rows] for key in rows[0]}
@@ -162,46 +161,39 @@ def main(argv=None):
     try:
         count = len(list(log_dir.glob("params/epoch-*[0-9].pkl")))  # numbered from 0
         files = [log_dir / f"params/epoch-{i:02}.pkl" for i in range(max(count, 1))]
-        for file in files:  # rather now than after minutes of work
-            load_model(file)
-        temporary.touch()
-        temporary.unlink()
         device = select_device(0)
+        models = [load_model(file, args.dropout).to(device) for file in files]
         dataset, images, labels, *_ = load_dataset(args.dataset, args.data_dir)
         batches = random_batches(len(images), args.batch_size, args.seed)
         images, labels, *batches = (x.to(device) for x in (images, labels, *batches))
         title = f"{args.mode} mode: {len(batches)} mini-batches of {args.batch_size} "
         title += f"against the true gradient of {len(images)} images of {dataset}"
-        if args.mode == "train":
-            title += f"; batch norm by batch, dropout {args.dropout:g}"
+        title += f", dropout {args.dropout:g}" if args.mode == "train" else ""
+        temporary.touch()  # fails now, not after minutes of work, in a read-only folder
+        temporary.unlink()
         print(title, HEADER, sep="\n", flush=True)
-        for epoch, file in enumerate(files):
+        for epoch, (file, model) in enumerate(zip(files, models)):
             torch.manual_seed(args.seed)  # for dropout
-            model = load_model(file, args.dropout).to(device)
             row = compare(model, images, labels, batches, args.mode, f"Epoch {epoch}")
             if not np.isfinite(list(row.values())).all():
                 raise RunError(f"{file} gives gradients not finite or 0: train again")
             print(ROW.format(epoch, *row.values()), flush=True)
             rows.append({"epoch": epoch, "mode": args.mode} | row)
-        lines = [
-            ",".join(map(str, line)) for line in (rows[0], *map(dict.values, rows))
-        ]
-        temporary.write_text("\n".join([*lines, ""]))
+        lines = [rows[0], *(row.values() for row in rows)]
+        temporary.write_text("".join(",".join(map(str, x)) + "\n" for x in lines))
         os.replace(temporary, log_dir / "gradients.csv")
         draw(rows, title, args.batch_size, temporary)
         os.replace(temporary, log_dir / "gradients.png")
-        ratio, text = row["noise_scale"] / args.batch_size, "few steps for the work"
-        if ratio > 1:
-            text = "steps nearly in proportion"
-        print(
-            f"At epoch {epoch} the noise scale is {row['noise_scale']:.4g} images, ",
-            end="",
+        scale, size = row["noise_scale"], args.batch_size
+        text = "few steps" if scale < size else "steps nearly in proportion, up to it"
+        line = (
+            f"At epoch {epoch} the noise scale is {scale:.4g} images: batches of more"
         )
-        print(f"{ratio:.2g} times the batch size: larger batches would save {text}.")
+        print(line, f"than {size} would save {text}.")
     except RunError as error:
         sys.exit(f"gradients.py: error: {' '.join(str(error).split())}")
     except OSError as error:
-        sys.exit(f"gradients.py: error: {error}: {log_dir} must be writable")
+        sys.exit(f"gradients.py: error: {error}: is {log_dir} writable?")
 
 
 if __name__ == "__main__":
