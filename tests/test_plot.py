@@ -71,7 +71,7 @@ def test_a_record_of_main(small_mnist, tmp_path):
 
 
 def test_svg_names_the_axes_and_the_runs(tmp_path):
-    names = ["fast", "slow", "_hidden", "$\\odd"]
+    names = ["fast", "slow", "_hidden", "$\\odd$"]
     for seed, name in enumerate(names):
         write_run(tmp_path / name, [0.1, 0.05], 20, seed)
     (tmp_path / "matplotlibrc").write_text("svg.fonttype: none\n")
