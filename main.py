@@ -76,8 +76,7 @@ def load_dataset(name, data_dir):
             with filelock.FileLock(Path(data_dir, ".download.lock")):
                 MNIST(data_dir, download=True)
     except Exception as error:  # of the network, the disk, gzip or torchvision
-        line = f"MNIST is not in {raw} and cannot be downloaded"
-        line += f" ({' '.join(str(error).split())[-120:]})"
+        line = f"MNIST is not in {raw} and cannot be downloaded ({str(error)[-99:]!r})"
         if name == "mnist" or found or os.path.isfile(data_dir):
             raise RunError(f"{line}: copy its four files there") from error
         print(f"main.py: warning: {line}: USING MNIST-5K INSTEAD", file=sys.stderr)
@@ -263,7 +262,7 @@ def open_record(log_dir, settings, resume):
             raise RunError(f"{line}: give the same, or start without --resume")
         for path, rows in zip(old, (checkpoint["step"], checkpoint["epoch"])):
             lines = path.read_bytes().splitlines(keepends=True)
-            if len(lines) <= rows:
+            if len(lines) <= rows or not lines[rows].endswith(b"\n"):
                 raise RunError(f"{path} has lost rows: start without --resume")
             os.truncate(path, len(b"".join(lines[: rows + 1])))
         return checkpoint
@@ -393,7 +392,8 @@ def main(argv=None):
     except filelock.Timeout:
         sys.exit(f"main.py: error: another run is using --log-dir {log_dir}")
     except (RunError, OSError, RuntimeError) as error:  # the last of a GPU, or a peer
-        sys.exit(f"main.py: error: {error}")
+        place = "" if getattr(error, "filename", True) else f"--log-dir {log_dir}: "
+        sys.exit(f"main.py: error: {place}{error}")
 
 
 if __name__ == "__main__":
