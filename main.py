@@ -1,8 +1,7 @@
 """Train LeNet on MNIST with SGD: the guide's script, for today's PyTorch.
 
-python main.py --epochs 3 --lr 0.05               # all flags: python main.py --help
-python main.py --resume                           # go on where a run was stopped
-torchrun --standalone --nproc-per-node=2 main.py  # on two GPUs
+python main.py --epochs 3 --lr 0.05  # all flags: python main.py --help
+python main.py --resume              # go on where a run was stopped
 """
 
 import argparse
@@ -34,12 +33,18 @@ class RunError(ValueError):
 
 def parse_arguments(argv=None):
     numbers = (  # flag, default, metavar, what is valid, help
-        ("--batch-size", 128, "N", lambda n: n >= 2, "images per step, 2 or more"),
+        (
+            "--batch-size",
+            128,
+            "N",
+            lambda n: 2 <= n < 2**63,
+            "images per step, 2 or more",
+        ),
         ("--epochs", 10, "N", lambda n: n >= 1, "epochs to train, 1 or more"),
         ("--lr", 0.1, "LR", lambda x: 0 < x < math.inf, "learning rate, above 0"),
         ("--dropout", 0.25, "P", lambda x: 0 <= x < 1, "dropout probability, below 1"),
         ("--momentum", 0.9, "M", lambda x: 0 <= x < 1, "heavy ball momentum, below 1"),
-        ("--seed", 1, "N", lambda n: n >= 0, "same seed, same numbers; 0 or more"),
+        ("--seed", 1, "N", lambda n: 0 <= n < 2**64, "same seed, same numbers; from 0"),
     )
     parser = argparse.ArgumentParser("main.py", allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
@@ -88,8 +93,9 @@ def load_dataset(name, data_dir):
     for part in ("train", "t10k") if name != "mnist-5k" else ():
         try:
             images = mnist.read_image_file(file := f"{raw}/{part}-images-idx3-ubyte")
+            images = images.expand(-1, 28, 28)  # an error where they have another size
             labels = mnist.read_label_file(file := f"{raw}/{part}-labels-idx1-ubyte")
-            if images.shape != (len(labels), 28, 28) or labels.max() > 9:
+            if len(images) != len(labels) or labels.max() > 9:
                 raise ValueError(f"not the labels of {len(images)} digits")
         except Exception as error:  # torchvision asserts, converts and reshapes
             line = f"{file} is broken ({error or 'cut short'}): delete it"
@@ -239,6 +245,8 @@ def test(epoch, model, loss_function, test_loader):
         top1.add(output, target)
         test_loss.add(loss_function(output, target).item() * len(data), len(data))
     loss, top1 = test_loss.value()[0], top1.value()[0]
+    if not math.isfinite(loss):
+        raise RunError(f"test loss {loss} in epoch {epoch}: lower --lr")
     print(f"[Epoch {epoch:2}] Average test loss: {loss:.3f}, accuracy: {top1:.2f}%\n")
     return loss, top1
 
@@ -256,10 +264,10 @@ def open_record(log_dir, settings, resume):
             raise RunError(f"{old[3]} is broken: start without --resume") from error
         if settings["schedule"] == "constant" and settings["epochs"] > other["epochs"]:
             other["epochs"] = settings["epochs"]
-        flags = [f"--{k} {v}" for k, v in other.items() if v != settings[k]]
+        differ = other.items() - settings.items()
+        flags = " ".join(sorted(f"--{k} {v}".replace("_", "-") for k, v in differ))
         if flags:
-            line = f"the run in {log_dir} has {' '.join(flags)}".replace("_", "-")
-            raise RunError(f"{line}: give the same, or start without --resume")
+            raise RunError(f"the run in {log_dir} has {flags}: give these to resume it")
         for path, rows in zip(old, (checkpoint["step"], checkpoint["epoch"])):
             lines = path.read_bytes().splitlines(keepends=True)
             if len(lines) <= rows or not lines[rows].endswith(b"\n"):
@@ -339,8 +347,7 @@ def main(argv=None):
         device = select_device(local)
         args.dataset, *tensors = load_dataset(args.dataset, args.data_dir)
         images, labels, *tested = (tensor.to(device) for tensor in tensors)
-        size = 10_000 if images.is_cuda else 1_000
-        test_loader = list(zip(*(tensor.split(size) for tensor in tested), strict=True))
+        test_loader = list(zip(*(tensor.split(1000) for tensor in tested), strict=True))
         paths = ("data_dir", "log_dir", "resume")
         settings = {k: v for k, v in vars(args).items() if k not in paths}
         args.cuda = images.is_cuda
@@ -393,7 +400,7 @@ def main(argv=None):
         sys.exit(f"main.py: error: another run is using --log-dir {log_dir}")
     except (RunError, OSError, RuntimeError) as error:  # the last of a GPU, or a peer
         place = "" if getattr(error, "filename", True) else f"--log-dir {log_dir}: "
-        sys.exit(f"main.py: error: {place}{error}")
+        sys.exit(f"main.py: error: {place}{' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":
