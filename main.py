@@ -1,7 +1,6 @@
 """Train LeNet on MNIST with SGD: the guide's script, for today's PyTorch.
 
-python main.py --epochs 3 --lr 0.05  # all flags: python main.py --help
-python main.py --resume              # go on where a run was stopped
+python main.py --epochs 3 --lr 0.05  # the other flags, --resume among them: --help
 """
 
 import argparse
@@ -33,18 +32,12 @@ class RunError(ValueError):
 
 def parse_arguments(argv=None):
     numbers = (  # flag, default, metavar, what is valid, help
-        (
-            "--batch-size",
-            128,
-            "N",
-            lambda n: 2 <= n < 2**63,
-            "images per step, 2 or more",
-        ),
-        ("--epochs", 10, "N", lambda n: n >= 1, "epochs to train, 1 or more"),
+        ("--batch-size", 128, "N", lambda n: 1 < n < 2**63, "images per step, from 2"),
+        ("--epochs", 10, "N", lambda n: n >= 1, "epochs to train, from 1"),
         ("--lr", 0.1, "LR", lambda x: 0 < x < math.inf, "learning rate, above 0"),
         ("--dropout", 0.25, "P", lambda x: 0 <= x < 1, "dropout probability, below 1"),
         ("--momentum", 0.9, "M", lambda x: 0 <= x < 1, "heavy ball momentum, below 1"),
-        ("--seed", 1, "N", lambda n: 0 <= n < 2**64, "same seed, same numbers; from 0"),
+        ("--seed", 1, "N", lambda n: 0 <= n < 2**64, "same seed, same bits; from 0"),
     )
     parser = argparse.ArgumentParser("main.py", allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
