@@ -147,14 +147,14 @@ class ConvBlock(nn.Sequential):
         x = nn.functional.conv2d(x, convolution.weight)
         values = x.permute(0, 2, 3, 1).flatten(0, 2)
         mean = values.mean(0)
-        variance = (values - mean.detach()).square().mean(0)
+        variance = (values - mean.detach()).square().mean(0)  # d variance/d mean = 0
         with torch.no_grad():
             unbiased = variance * (len(values) / (len(values) - 1))
             norm.running_mean.lerp_(mean + convolution.bias, norm.momentum)
             norm.running_var.lerp_(unbiased, norm.momentum)
             norm.num_batches_tracked += 1
         scale = norm.weight * (variance + norm.eps).rsqrt()
-        shift = norm.bias - mean * scale + 0 * convolution.bias  # which cancels out
+        shift = norm.bias - mean * scale + 0 * convolution.bias  # whose effect is 0
         return dropout(relu(pool(x) * scale[:, None, None] + shift[:, None, None]))
 
 
