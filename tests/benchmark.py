@@ -146,10 +146,10 @@ def measure_speed(program, data_dir, started):
     return figures
 
 
-def measure_accuracy(program, data_dir, seed, *schedule):
-    """One process's accuracy after ten epochs, in percent."""
+def measure_accuracy(program, data_dir, epochs, seed, *schedule):
+    """One process's accuracy after the last epoch, in percent."""
     run = {"plain": run_plain, "ours": run_ours}[program]
-    return run(data_dir, 10, int(seed), *schedule)[-1]
+    return run(data_dir, int(epochs), int(seed), *schedule)[-1]
 
 
 def in_a_process(*measurement, threads=None):
@@ -202,50 +202,51 @@ def print_speed(found):
         print(f"{figure:14} {cells[0]:>26} {cells[1]:>26} {ratio:12.3f}")
 
 
-def compare_accuracy(data_dir, seeds):
-    """Last accuracy in percent of ten epochs: {program: [accuracy of a seed]}."""
+def compare_accuracy(data_dir, seeds, epochs):
+    """Last accuracy in percent over the seeds: {program: [accuracy of a seed]}."""
     import torch
 
     threads = None if torch.cuda.is_available() else 1
     found = {}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if threads else 1) as pool:
-        for row in ("ours constant", "ours step", "ours cosine", "plain"):
+        for row in ("plain", "ours constant", "ours step", "ours cosine"):
             program, *schedule = row.split()
-            found[row] = [
-                pool.submit(
-                    in_a_process,
-                    *("accuracy", program, data_dir, seed, *schedule),
-                    threads=threads,
-                )
-                for seed in range(1, seeds + 1)
-            ]
+            for seed in range(1, seeds + 1):
+                what = "accuracy", program, data_dir, epochs, seed, *schedule
+                run = pool.submit(in_a_process, *what, threads=threads)
+                found.setdefault(row, []).append(run)
     return {row: [run.result() for run in runs] for row, runs in found.items()}
 
 
 def print_accuracy(found):
     """A line per program: mean, standard deviation and the accuracies themselves."""
     for row, values in found.items():
-        mean, deviation = statistics.mean(values), statistics.stdev(values)
+        mean = statistics.mean(values)
+        deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
         print(f"{row:14} {mean:.2f} +- {deviation:.2f}   {values}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", default="./data", metavar="DIR")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N")
-    parser.add_argument("--accuracy", action="store_true")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--data-dir", default="./data", metavar="DIR", help="has MNIST/raw/")
+    add("--rounds", type=int, default=3, metavar="N", help="processes of each program")
+    add("--accuracy", action="store_true", help="compare accuracies, not speeds")
+    add("--seeds", type=int, default=5, metavar="N", help="1 to N, for the accuracy")
+    add("--epochs", type=int, default=10, metavar="N", help="of which the last counts")
+    add("--json", action="store_true", help="print for machines to read")
+    add("--measure", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         measure = {"speed": measure_speed, "accuracy": measure_accuracy}
         print(json.dumps(measure[args.measure[0]](*args.measure[1:])))
         return
     if args.accuracy:
-        found, show = compare_accuracy(args.data_dir, args.seeds), print_accuracy
+        found = compare_accuracy(args.data_dir, args.seeds, args.epochs)
+        show = print_accuracy
     else:
-        found, show = compare_speed(args.data_dir, args.rounds), print_speed
+        found = compare_speed(args.data_dir, args.rounds)
+        show = print_speed
     if args.json:
         print(json.dumps({"machine": machine(), "found": found}))
     else:
