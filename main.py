@@ -16,6 +16,9 @@ import time
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C while PyTorch is still loading: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import filelock
 import numpy as np
 import torch
@@ -95,12 +98,12 @@ def load_dataset(name, data_dir):
             raise RunError(f"{line} to have it downloaded again") from error
         name, tensors = "mnist", [*tensors, images, labels]
     pixels = (images.view(-1, 1, 28, 28).float().div_(255) for images in tensors[::2])
-    tensors[::2] = [images.sub_(0.1307).div_(0.3081) for images in pixels]
+    tensors[::2] = [x.sub_(0.1307).div_(0.3081) for x in pixels]  # MNIST's mean, std
     return name, *tensors
 
 
 def shuffled_batches(images, batch_size, seed, epoch, rank=0, processes=1):
-    """This process's share of each batch of an epoch: int64 indices, and whole size."""
+    """This rank's share of each batch of an epoch: int64 indices, size of the whole."""
     order = np.random.default_rng((seed, epoch)).permutation(len(images))
     batches = list(torch.from_numpy(order).to(images.device).split(batch_size))
     if len(batches) > 1 and len(batches[-1]) < 2 * processes:  # batch norm needs two
@@ -118,7 +121,7 @@ class View(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """Dropout (Srivastava et al. 2014), on a CPU with cheap random words of 16 bits."""
+    """Dropout (Srivastava et al. 2014), on a CPU with random words of 16 bits."""
 
     def forward(self, x):
         if x.is_cuda or not self.training or self.p == 0:
@@ -155,7 +158,7 @@ class ConvBN(nn.Sequential):
         norm.running_mean.lerp_((mean + convolution.bias).detach(), norm.momentum)
         norm.num_batches_tracked += 1
         scale = norm.weight * (variance + norm.eps).rsqrt()
-        shift = norm.bias - mean * scale + 0 * convolution.bias  # whose effect is 0
+        shift = norm.bias - mean * scale + 0 * convolution.bias  # gradient 0, not None
         return dropout(relu(pool(x) * scale[:, None, None] + shift[:, None, None]))
 
 
@@ -180,7 +183,7 @@ class LeNet(nn.Module):
 
 
 class Schedule(optim.lr_scheduler.LambdaLR):
-    """The learning rate: `step()`, after an epoch, sets that of the next one."""
+    """The learning rate after `epoch` epochs; `step()` after each one from then on."""
 
     def __init__(self, optimizer, name, epochs, epoch=0):
         factor = {  # by the share of the epochs that is done
@@ -191,21 +194,23 @@ class Schedule(optim.lr_scheduler.LambdaLR):
         super().__init__(optimizer, lambda done: factor(done / epochs), epoch - 1)
 
 
-def train_step(network, loss_function, optimizer, images, labels, index, size):
-    """Trains on a share of a batch of `size`; returns its part of the mean loss."""
-    processes = distributed.get_world_size() if distributed.is_initialized() else 1
+def train_step(model, loss_function, optimizer, images, labels, index, size):
+    """Trains on images[index], of a batch of `size`; returns their part of its loss."""
     optimizer.zero_grad()
-    loss = loss_function(network(images[index]), labels[index]) * (len(index) / size)
-    (loss * processes).backward()  # several processes average their gradients
+    loss = loss_function(model(images[index]), labels[index]) * (len(index) / size)
+    loss.backward()
+    if distributed.is_initialized():
+        for parameter in model.parameters():
+            distributed.all_reduce(parameter.grad)
     optimizer.step()
     return loss.detach()
 
 
 def replayed(step, known, index, size):
-    """`step` on a GPU: of each size three as they are, then replays of a CUDA graph."""
+    """`step` on a GPU; from the fourth batch of a size on, a replayed CUDA graph."""
     times, run = known.get(size, (0, partial(step, size=size)))
-    if times == 3:  # kernels are loaded, momentum exists; a capture trains nothing
-        run = torch.cuda.make_graphed_callables(run, (index.clone(),), 0)  # 0: warm-up
+    if times == 3:  # kernels are loaded, momentum exists; capturing trains nothing
+        run = torch.cuda.make_graphed_callables(run, (index.clone(),), 0)  # no warm-up
     known[size] = times + 1, run
     return run(index)
 
@@ -214,7 +219,7 @@ def train(epoch, model, step, train_loader, lr, first_step, log):
     """Trains an epoch, its rows going to `log`; RunError where a loss is not finite."""
     model.train()
     losses, start = torch.zeros(len(train_loader), device=train_loader[0][0].device), 0
-    quiet = log.name == os.devnull or None  # None: a bar, but on a terminal only
+    quiet = log.name == os.devnull or None  # not rank 0; None: unless on a terminal
     bar = tqdm(train_loader, f"Epoch {epoch}", leave=False, disable=quiet)
     for batch_ix, (index, size) in enumerate(bar):
         losses[batch_ix] = step(index, size)
@@ -233,7 +238,7 @@ def train(epoch, model, step, train_loader, lr, first_step, log):
 
 @torch.no_grad()
 def test(epoch, model, loss_function, test_loader):
-    """Prints and returns the mean loss and the accuracy in percent."""
+    """Prints and returns the mean loss, in nats, and the accuracy, in percent."""
     model.eval()
     test_loss, top1 = meter.AverageValueMeter(), meter.ClassErrorMeter(accuracy=True)
     for data, target in test_loader:
@@ -253,7 +258,7 @@ def open_record(log_dir, settings, resume):
     if resume and len(old) == len(names) and not moving.exists():
         try:
             checkpoint = torch.load(old[3], map_location="cpu", weights_only=True)
-            other = checkpoint["settings"]
+            other = checkpoint["settings"] | {}
         except Exception as error:  # reading foreign bytes raises nearly anything
             raise RunError(f"{old[3]} is broken: start without --resume") from error
         if settings["schedule"] == "constant" and settings["epochs"] > other["epochs"]:
@@ -286,23 +291,21 @@ def save(log_dir, epoch, step, settings, model, optimizer):
     arrays = {k: v.float().cpu().contiguous().numpy() for k, v in run["model"].items()}
     torch.save(run, buffer := io.BytesIO())
     names = ("train.csv", "test.csv", f"params/epoch-{epoch:02}.pkl", "checkpoint.tmp")
-    contents = (b"", b"", pickle.dumps(arrays, protocol=4), buffer.getvalue())
-    for name, content in zip(names, contents):
-        with open(log_dir / name, "wb" if content else "ab") as file:
-            file.write(content)
-            file.flush()
+    (log_dir / names[2]).write_bytes(pickle.dumps(arrays, protocol=4))
+    (log_dir / names[3]).write_bytes(buffer.getvalue())
+    for name in names:
+        with open(log_dir / name, "ab") as file:
             os.fsync(file.fileno())
     os.replace(log_dir / "checkpoint.tmp", log_dir / "checkpoint.pt")
 
 
 def load_parameters(path):
-    """Reads a params file, float32 arrays by state name; RunError if it has more."""
+    """Reads a params file, float32 arrays by state name; RunError: it is not one."""
+    safe = {f.__name__: f for f in (np.array(0).__reduce__()[0], np.ndarray, np.dtype)}
 
     class ArrayUnpickler(pickle.Unpickler):
         def find_class(self, module, name):
-            if module[:5] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
-                return super().find_class(module, name)
-            raise ValueError(f"it asks for {module}.{name}")
+            return safe[name]  # nothing is imported; KeyError: the file asks for more
 
     try:
         arrays = ArrayUnpickler(io.BytesIO(Path(path).read_bytes())).load()
@@ -312,13 +315,13 @@ def load_parameters(path):
 
 
 def select_device(local_rank=0):
-    """The GPU of this process, or the CPU, set to exact and repeatable arithmetic."""
+    """The GPU of this process, else the CPU; sums are repeatable and TF32 is off."""
     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # keep memory from step to step,
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD     which halves the time of one
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc: keep freed memory
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its largest
     return torch.device("cpu")
 
@@ -335,7 +338,7 @@ def main(argv=None):
         if args.batch_size < 2 * processes:
             raise RunError(f"--batch-size: {2 * processes} or more, two per process")
         sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")  # noqa: SIM115
-        sys.stdout.reconfigure(line_buffering=True)
+        getattr(sys.stdout, "reconfigure", dict)(line_buffering=True)  # or nothing
         device = select_device(local)
         args.dataset, *tensors = load_dataset(args.dataset, args.data_dir)
         images, labels, *tested = (tensor.to(device) for tensor in tensors)
@@ -356,26 +359,23 @@ def main(argv=None):
             distributed.init_process_group()
             distributed.broadcast_object_list(checkpoint)
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else model
-        network = nn.parallel.DistributedDataParallel(model) if processes > 1 else model
         if checkpoint[0]:
-            epoch, steps, _, parameters, momentum = checkpoint[0].values()
+            epoch, steps, _, parameters, state = checkpoint[0].values()
             model.load_state_dict(parameters)
-            optimizer.load_state_dict(momentum)
+            optimizer.load_state_dict(state)
         elif rank == 0:
             save(log_dir, epoch, steps, settings, model, optimizer)
         lr = torch.tensor(args.lr, device=device) if cuda else args.lr
-        optimizer.param_groups[0].update(lr=lr, initial_lr=args.lr)  # graphs read lr
+        optimizer.param_groups[0].update(lr=lr, initial_lr=args.lr)  # graphs read it
         schedule = Schedule(optimizer, args.schedule, args.epochs, epoch)
-        step = partial(train_step, network, loss_function, optimizer, images, labels)
+        step = partial(train_step, model, loss_function, optimizer, images, labels)
         step = partial(replayed, step, {}) if cuda and processes == 1 else step
-        train_csv = log_dir / "train.csv" if rank == 0 else os.devnull
-        while epoch < args.epochs:
-            epoch += 1
+        for epoch in range(epoch + 1, args.epochs + 1):  # noqa: B020
             shuffle = args.batch_size, args.seed, epoch, rank, processes
             train_loader = shuffled_batches(images, *shuffle)
             torch.manual_seed(hash((args.seed, epoch, rank)) % 2**32)  # for dropout
-            lr = float(schedule.get_last_lr()[0])
-            with open(train_csv, "a", 1) as log:  # 1: a line at a time
+            lr = args.lr * schedule.lr_lambdas[0](epoch - 1)  # not as rounded on a GPU
+            with open(log_dir / "train.csv" if not rank else os.devnull, "a", 1) as log:
                 train(epoch, model, step, train_loader, lr, steps + 1, log)
             steps += len(train_loader)
             if rank == 0:
@@ -391,7 +391,7 @@ def main(argv=None):
         raise
     except filelock.Timeout:
         sys.exit(f"main.py: error: another run is using --log-dir {log_dir}")
-    except (RunError, OSError, RuntimeError) as error:  # the last of a GPU, or a peer
+    except (ValueError, OSError, RuntimeError) as error:  # Runtime: a GPU's or a peer's
         place = "" if getattr(error, "filename", True) else f"--log-dir {log_dir}: "
         sys.exit(f"main.py: error: {place}{' '.join(str(error).split())}")
 

@@ -66,7 +66,7 @@ def assert_whole(log_dir, epochs, batches):
     for epoch in range(epochs + 1):
         path = log_dir / "params" / f"epoch-{epoch:02}.pkl"
         arrays = pickle.loads(path.read_bytes())
-        assert list(arrays) == list(main.LeNet().state_dict())  # no prefix of DDP's
+        assert list(arrays) == list(main.LeNet().state_dict())
     assert len(list((log_dir / "params").iterdir())) == epochs + 1
     assert (log_dir / "checkpoint.pt").exists()
 

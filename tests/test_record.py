@@ -445,13 +445,17 @@ class Hostile:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "text", "hostile", "foreign"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "cut", "text", "hostile", "foreign", "settings"]
+)
 def test_resume_with_a_damaged_checkpoint(damage, go, copy, tmp_path):
     path = copy / "checkpoint.pt"
     if damage == "hostile":
         torch.save({"settings": Hostile(tmp_path / "touched")}, path)
     elif damage == "foreign":
         torch.save({"model": torch.zeros(3)}, path)
+    elif damage == "settings":
+        torch.save({"settings": [1, 2]}, path)
     else:
         whole = path.read_bytes()
         content = {"empty": b"", "cut": whole[: len(whole) // 2], "text": b"hello\n"}
@@ -576,6 +580,7 @@ def test_load_parameters_runs_no_code(depth, tmp_path):
         pickle.dumps({"m": object()}),
         pickle.dumps({"m": "a word"}),
         pickle.dumps({"m": np.array([None, "x"], object)}),
+        b"cnumpy.f2py.__main__\ndtype\n.",  # a module whose import exits
         "cut",
         None,
     ],
