@@ -201,7 +201,7 @@ def train_step(model, loss_function, optimizer, images, labels, index, size):
     loss.backward()
     if distributed.is_initialized():
         for parameter in model.parameters():
-            distributed.all_reduce(parameter.grad)
+            distributed.all_reduce(parameter.grad)  # the sum of all parts'
     optimizer.step()
     return loss.detach()
 
