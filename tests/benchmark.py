@@ -110,7 +110,7 @@ def run_plain(data_dir, epochs, seed=1):
 
 
 def run_ours(data_dir, epochs, seed=1, schedule="constant"):
-    """main.py itself, its record included; returns what run_plain does."""
+    """main.py itself; returns what run_plain does. Its save() belongs to neither time."""
     sys.path.insert(0, str(HOME))
     import main
 
