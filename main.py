@@ -384,7 +384,7 @@ def main(argv=None):
                     log.write(f"{epoch},{steps},{lr:.8g},{loss:.9g},{top1:.9g}\n")
                 save(log_dir, epoch, steps, settings, model, optimizer)
             schedule.step()
-        print(f"Finished in {time.monotonic() - started:.1f} s, the record: {log_dir}")
+        print(f"Done in {time.monotonic() - started:.1f} s; the record is in {log_dir}")
     except SystemExit:  # of a signal
         if rank == 0:
             sys.stderr.write(f"interrupted in epoch {epoch}: continue with --resume\n")
