@@ -82,7 +82,7 @@ def test_one_output_and_one_record(small_mnist, monkeypatch, tmp_path):
     assert lines.count("Training LeNet on MNIST") == 1
     starts = [line[:10] for line in lines if line.startswith("[Epoch")]
     assert starts == ["[Epoch  1]", "[Epoch  2]", "[Epoch  3]"]
-    assert sum("inished" in line for line in lines) == 1
+    assert sum(line.startswith("Done in ") for line in lines) == 1
     assert_whole(tmp_path / "two", 3, 12)
     one, two = (
         [float(row["accuracy"]) for row in rows(tmp_path / name / "test.csv")]
