@@ -409,7 +409,7 @@ def test_resume_of_a_finished_run_says_so(go, copy, twin):
     finished = go(copy, "--resume")
     assert (finished.returncode, finished.stderr) == (0, "")
     assert "[Epoch" not in finished.stdout
-    assert "inished" in finished.stdout.splitlines()[-1]
+    assert finished.stdout.splitlines()[-1].startswith("Done in ")
     assert record(copy, NAMES) == record(twin, NAMES)
 
 
