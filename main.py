@@ -1,7 +1,4 @@
-"""Train LeNet on MNIST with SGD: the guide's script, for today's PyTorch.
-
-python main.py --epochs 3 --lr 0.05  # the other flags, --resume among them: --help
-"""
+"""Train the guide's LeNet on MNIST: python main.py --epochs 3 --lr 0.05  (or --help)"""
 
 import argparse
 import ctypes
@@ -121,7 +118,7 @@ class View(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """Dropout (Srivastava et al. 2014), on a CPU with random words of 16 bits."""
+    """Dropout (Srivastava et al. 2014), on a CPU by words of 16 bits, for a dense x."""
 
     def forward(self, x):
         if x.is_cuda or not self.training or self.p == 0:
@@ -206,12 +203,13 @@ def train_step(model, loss_function, optimizer, images, labels, index, size):
     return loss.detach()
 
 
-def replayed(step, known, index, size):
+def replayed(step, runs, index, size):
     """`step` on a GPU; from the fourth batch of a size on, a replayed CUDA graph."""
-    times, run = known.get(size, (0, partial(step, size=size)))
+    # runs, at first empty: {size of a batch: (how many there were, what runs the next)}
+    times, run = runs.get(size, (0, partial(step, size=size)))
     if times == 3:  # kernels are loaded, momentum exists; capturing trains nothing
         run = torch.cuda.make_graphed_callables(run, (index.clone(),), 0)  # no warm-up
-    known[size] = times + 1, run
+    runs[size] = times + 1, run
     return run(index)
 
 
@@ -246,6 +244,8 @@ def test(epoch, model, loss_function, test_loader):
         top1.add(output, target)
         test_loss.add(loss_function(output, target).item() * len(data), len(data))
     loss, top1 = test_loss.value()[0], top1.value()[0]
+    if not math.isfinite(loss):
+        raise RunError(f"test loss {loss} in epoch {epoch}: lower --lr")
     print(f"[Epoch {epoch:2}] Average test loss: {loss:.3f}, accuracy: {top1:.2f}%\n")
     return loss, top1
 
@@ -258,7 +258,7 @@ def open_record(log_dir, settings, resume):
     if resume and len(old) == len(names) and not moving.exists():
         try:
             checkpoint = torch.load(old[3], map_location="cpu", weights_only=True)
-            other = checkpoint["settings"] | {}
+            other = dict(checkpoint["settings"])
         except Exception as error:  # reading foreign bytes raises nearly anything
             raise RunError(f"{old[3]} is broken: start without --resume") from error
         if settings["schedule"] == "constant" and settings["epochs"] > other["epochs"]:
@@ -366,7 +366,7 @@ def main(argv=None):
         elif rank == 0:
             save(log_dir, epoch, steps, settings, model, optimizer)
         lr = torch.tensor(args.lr, device=device) if cuda else args.lr
-        optimizer.param_groups[0].update(lr=lr, initial_lr=args.lr)  # graphs read it
+        optimizer.param_groups[0].update(lr=lr, initial_lr=args.lr)  # a graph reads it
         schedule = Schedule(optimizer, args.schedule, args.epochs, epoch)
         step = partial(train_step, model, loss_function, optimizer, images, labels)
         step = partial(replayed, step, {}) if cuda and processes == 1 else step

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 # Tests run side by side, and the threads of PyTorch would wait for each other's cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest

@@ -23,17 +23,6 @@ COLUMNS += (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small work on one core: on busy machines more threads wait for each other."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        yield
-        torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def log_dir(small_mnist, tmp_path_factory):
     """The record of a real run of two short epochs; tests that change it copy it."""

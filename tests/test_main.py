@@ -703,6 +703,16 @@ def test_a_loss_that_is_not_finite(call, small_mnist, tmp_path, batch_size):
     assert "Average test loss" not in finished.stdout
 
 
+def test_a_test_loss_that_is_not_finite(call, small_mnist, tmp_path):
+    """The last step of an epoch spoils the network: only the test can tell."""
+    arguments = ("--data-dir", small_mnist, "--log-dir", tmp_path, "--lr", "1e38")
+    finished = call(*arguments, "--batch-size", 600, "--epochs", 1)
+    line = one_line(finished, 1)
+    assert re.search(r"test loss (nan|inf) in epoch 1\b.*--lr\b", line), line
+    assert np.isfinite([float(row["loss"]) for row in rows(tmp_path / "train.csv")])
+    assert rows(tmp_path / "test.csv") == []
+
+
 def test_importing_does_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     finished = subprocess.run(

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import HOME, run
 
 import main
@@ -30,7 +29,7 @@ def launch(program, *arguments, log_dir, data_dir):
     """Starts a script in two processes, under torchrun."""
     paths = ("--data-dir", data_dir, "--log-dir", log_dir)
     command = [sys.executable, *TORCHRUN, program, *map(str, arguments), *paths]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOME)}
+    environment = os.environ | {"PYTHONPATH": str(HOME)}
     pipes = {name: subprocess.PIPE for name in ("stdout", "stderr")}
     return subprocess.Popen(command, env=environment, text=True, **pipes)
 
@@ -39,12 +38,7 @@ def alone(monkeypatch, *arguments, log_dir, data_dir):
     """Runs main in this process, which saves its imports."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     paths = ("--data-dir", data_dir, "--log-dir", log_dir)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as under torchrun; others would wait for a busy core
-    try:
-        main.main([*map(str, (*arguments, *paths))])
-    finally:
-        torch.set_num_threads(threads)
+    main.main([*map(str, (*arguments, *paths))])
 
 
 def rows(file):
@@ -140,8 +134,7 @@ def test_killed_worker_ends_all_and_one_process_resumes(small_mnist, tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     assert len(rows(table)) < 16
     paths = ("--data-dir", small_mnist, "--log-dir", tmp_path / "logs")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    finished = run("main.py", *flags, *paths, "--resume", env=environment)
+    finished = run("main.py", *flags, *paths, "--resume")
     assert finished.returncode == 0, finished.stderr
     assert "[Epoch  1]" not in finished.stdout
     assert_whole(tmp_path / "logs", 16, 12)

@@ -48,12 +48,12 @@ def checkout(small_mnist, tmp_path_factory):
 
 
 def shell(checkout, line):
-    """Runs a line of the README; what belongs into the background is waited for."""
+    """Runs a line of the README; what it puts into the background is waited for."""
     environment = os.environ | {"PATH": f"{checkout}/.venv/bin:{os.environ['PATH']}"}
     return subprocess.run(
         ["bash", "-c", line.removesuffix("&")],
         cwd=checkout,
-        env=environment | {"OMP_NUM_THREADS": "1"},
+        env=environment,
         capture_output=True,
         check=False,
         text=True,

@@ -82,7 +82,6 @@ def start(small_mnist, tmp_path_factory):
             Path(where + name).touch()
         options = (arguments, where, before, action, limit)
         with pytest.MonkeyPatch.context() as patch:  # for the fork server's own start
-            patch.setenv("OMP_NUM_THREADS", "1")
             patch.setenv("PYTHONPATH", str(HOME / "tests"))
             process = context.Process(target=forked, args=options)
             process.start()
@@ -337,8 +336,7 @@ def test_signal_stops_the_run_with_one_line(small_mnist, go, twin, tmp_path):
     for number in status:
         flags = small_flags(small_mnist, tmp_path / number.name)
         command = [sys.executable, HOME / "main.py", *map(str, flags)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        runs[number] = subprocess.Popen(command, text=True, env=environment, **pipes)
+        runs[number] = subprocess.Popen(command, text=True, **pipes)
         threading.Thread(target=signal_in_epoch_2, args=(runs[number], number)).start()
     lines = [f"interrupted in epoch {n}: continue with --resume\n" for n in range(1, 7)]
     for number, process in runs.items():
