@@ -5,259 +5,439 @@ import re
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib.colors
 import numpy as np
 import pytest
+import torch
 from conftest import HOME, one_line, run
+from matplotlib import rc_context
 
 import plot
 
-TRAIN, TEST = "step,epoch,batch,lr,loss\n", "epoch,step,lr,loss,accuracy\n"
-TESTED = ["Test loss\n(nats)", "Test accuracy\n(%)"]
+TRAIN = "step,epoch,batch,lr,loss\n"
+TEST = "epoch,step,lr,loss,accuracy\n"
+TRAIN_LABEL = "Training loss (nats)\nbold: mean of 5 steps"
+LOSS_LABEL = "Test loss\n(nats)"
+ACCURACY_LABEL = "Test accuracy\n(%)"
+RATE_LABEL = "Learning rate"
 
 
 def write_run(log_dir, rates, length, seed=0):
-    """Writes the record of a run, an epoch for each rate; returns its training loss."""
+    """Writes the tables of a run, an epoch for each rate; returns its training loss."""
     log_dir.mkdir(parents=True)
     losses = np.random.default_rng(seed).uniform(0.1, 2, len(rates) * length).round(6)
-    train, test = TRAIN, TEST
-    for i, loss in enumerate(losses):
-        epoch, batch = divmod(i, length)
-        train += f"{i + 1},{epoch + 1},{batch},{rates[epoch]},{loss}\n"
-    for epoch, rate in enumerate(rates, 1):
+    train = TRAIN
+    for index, loss in enumerate(losses):
+        epoch, batch = divmod(index, length)
+        train += f"{index + 1},{epoch + 1},{batch},{rates[epoch]},{loss}\n"
+    test = TEST
+    for epoch, rate in enumerate(rates, start=1):
         test += f"{epoch},{epoch * length},{rate},{1 / epoch},{90 + epoch}\n"
     (log_dir / "train.csv").write_text(train)
     (log_dir / "test.csv").write_text(test)
     return losses
 
 
-def drawn(*log_dirs):
-    """The panels that plot.py draws of these runs, by their labels."""
-    figure = plot.draw({log_dir.name: plot.read_run(log_dir) for log_dir in log_dirs})
-    panels = {panel.get_ylabel(): panel for panel in figure.axes}
-    assert len(panels) == len(figure.axes)
-    assert all(panel.lines for panel in figure.axes)
-    return panels
+def write_first_steps(log_dir, steps):
+    """Writes the tables of a run that goes on, before its first test."""
+    log_dir.mkdir()
+    rows = [f"{step},1,{step - 1},0.1,2.5\n" for step in range(1, steps + 1)]
+    (log_dir / "train.csv").write_text(TRAIN + "".join(rows))
+    (log_dir / "test.csv").write_text(TEST)
+
+
+def write_flags(log_dir, **settings):
+    """Writes what plot.py reads of a checkpoint."""
+    log_dir.mkdir(exist_ok=True)
+    torch.save({"epoch": 1, "settings": settings}, log_dir / "checkpoint.pt")
+
+
+def draw(*log_dirs):
+    """The figure that plot.py draws of these runs, labelled with their folders' names."""
+    with rc_context(plot.STYLE):
+        runs = [plot.read_run(log_dir) for log_dir in log_dirs]
+        return plot.draw(runs, [log_dir.name for log_dir in log_dirs])
+
+
+def panels_of(figure):
+    """The panels by their labels, from top to bottom."""
+    return {panel.get_ylabel(): panel for panel in figure.axes}
+
+
+def x_label(figure):
+    return figure.axes[-1].get_xlabel()
+
+
+def points(line):
+    return line.get_xydata().tolist()
 
 
 def png_size(path):
     content = path.read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n" and content[-8:-4] == b"IEND"
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert content[-8:-4] == b"IEND"
     return struct.unpack(">II", content[16:24])
 
 
-def test_the_default_is_a_png_in_the_log_dir(tmp_path):
+# What a user types, and gets
+
+
+def test_one_run_without_loading_pytorch(tmp_path):
     write_run(tmp_path / "logs", [0.1, 0.1], 20)
-    finished = run("plot.py", cwd=tmp_path)
-    assert (finished.returncode, finished.stderr) == (0, "")
-    assert (
-        finished.stdout == f"curves written to {os.path.join('logs', 'curves.png')}\n"
+    code = """
+import sys, plot
+print("imported")
+plot.main([])
+print("torch" in sys.modules)
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(HOME)},
+        capture_output=True,
+        check=True,
+        text=True,
     )
-    width, height = png_size(tmp_path / "logs" / "curves.png")
-    assert width == 1300 and height > 1000
-    assert sorted(os.listdir(tmp_path)) == ["logs"]
+    path = Path("logs") / "curves.png"
+    assert finished.stdout == f"imported\nThe curves are in {path}\nFalse\n"
+    assert finished.stderr == ""
+    width, height = png_size(tmp_path / path)
+    assert width == 910
+    assert height > 700
+    assert os.listdir(tmp_path) == ["logs"]
 
 
-def test_a_record_of_main(small_mnist, tmp_path):
-    flags = ["--epochs", 2, "--batch-size", 100, "--schedule", "cosine"]
-    flags += ["--data-dir", small_mnist, "--log-dir", tmp_path / "logs"]
-    assert run("main.py", *flags).returncode == 0
-    panels = drawn(tmp_path / "logs")
-    assert list(panels)[1:] == [*TESTED, "Learning rate"]
-    steps = panels["Learning rate"].lines[0].get_xydata()
-    np.testing.assert_allclose(steps[:, 0], np.arange(1, 13) / 6)
-    np.testing.assert_allclose(steps[:, 1], [0.1] * 6 + [0.05] * 6)
+def test_two_runs_of_main(small_mnist, tmp_path):
+    shared = ["--data-dir", small_mnist, "--epochs", 2]
+    small_batches = ["--batch-size", 50, "--log-dir", tmp_path / "logs"]
+    large_batches = ["--batch-size", 100, "--log-dir", tmp_path / "other"]
+    assert run("main.py", *shared, *small_batches).returncode == 0
+    cosine = ["--schedule", "cosine"]
+    assert run("main.py", *shared, *large_batches, *cosine).returncode == 0
+
+    finished = run("plot.py", "logs", "other", cwd=tmp_path)
+    assert finished.returncode == 0
+    assert finished.stdout == "The curves are in curves.png\n"
+    assert png_size(tmp_path / "curves.png")[0] == 910
+    assert not (tmp_path / "logs" / "curves.png").exists()
+
+    log_dirs = [tmp_path / "logs", tmp_path / "other"]
+    assert plot.label_runs(log_dirs) == [
+        "batch-size 50, schedule constant",
+        "batch-size 100, schedule cosine",
+    ]
+    rates = panels_of(draw(*log_dirs))[RATE_LABEL]
+    small, large = rates.lines
+    # 600 images: an epoch has 12 steps of 50, or 6 of 100.
+    np.testing.assert_allclose(small.get_xdata(), np.arange(1, 25) / 12)
+    np.testing.assert_allclose(large.get_xdata(), np.arange(1, 13) / 6)
+    np.testing.assert_allclose(small.get_ydata(), [0.1] * 24)
+    np.testing.assert_allclose(large.get_ydata(), [0.1] * 6 + [0.05] * 6)
 
 
-def test_svg_names_the_axes_and_the_runs(tmp_path):
-    names = ["fast", "slow", "_hidden", "$\\odd$"]
-    for seed, name in enumerate(names):
-        write_run(tmp_path / name, [0.1, 0.05], 20, seed)
-    (tmp_path / "matplotlibrc").write_text("svg.fonttype: none\n")
-    environment = os.environ | {"MPLCONFIGDIR": str(tmp_path)}
-    options = {"cwd": tmp_path, "env": environment}
-    finished = run("plot.py", *names, "--output", "curves.svg", **options)
-    assert (finished.returncode, finished.stderr) == (0, "")
+def test_the_picture_names_axes_units_and_runs(tmp_path, capsys):
+    for lr in ("0.1", "0.05"):
+        write_run(tmp_path / lr, [lr, "0.01"], 20)
+        write_flags(tmp_path / lr, lr=float(lr), seed=1)
+    output = str(tmp_path / "curves.svg")
+    log_dirs = [str(tmp_path / "0.1"), str(tmp_path / "0.05")]
+    with rc_context({"svg.fonttype": "none"}):  # as text, not as shapes of letters
+        plot.main([*log_dirs, "--output", output])
+    assert capsys.readouterr().out == f"The curves are in {output}\n"
     svg = (tmp_path / "curves.svg").read_text()
     texts = [text.strip() for text in re.findall(r"<(?:text|tspan)[^>]*>([^<]*)<", svg)]
-    labels = ["Training loss (nats)", "bold: mean of 3 steps", "Test loss", "(nats)"]
-    labels += ["Test accuracy", "(%)", "Learning rate", "Training time (epochs)"]
-    for text in labels + names:
+    labels = [TRAIN_LABEL, LOSS_LABEL, ACCURACY_LABEL, RATE_LABEL]
+    expected = "\n".join(labels).splitlines()
+    expected += ["Training time (epochs)", "lr 0.1", "lr 0.05"]
+    expected.remove("(nats)")
+    for text in expected:
         assert texts.count(text) == 1, (text, texts)
-    assert not (tmp_path / "fast" / "curves.png").exists()
 
 
 @pytest.mark.parametrize("name, start", [("a.pdf", b"%PDF-"), ("b.PNG", b"\x89PNG")])
-def test_other_formats(tmp_path, capsys, name, start):
+def test_other_formats(tmp_path, name, start):
     write_run(tmp_path / "logs", [0.1], 3)
     plot.main([str(tmp_path / "logs"), "--output", str(tmp_path / name)])
-    assert capsys.readouterr().out == f"curves written to {tmp_path / name}\n"
     assert (tmp_path / name).read_bytes().startswith(start)
 
 
-@pytest.mark.parametrize("epochs, window", [(1, 3), (2, 5), (30, 51)])
+def test_a_run_named_twice_is_one_run(tmp_path, capsys):
+    write_run(tmp_path / "logs", [0.1], 3)
+    plot.main([str(tmp_path / "logs"), f"{tmp_path}/logs/"])
+    path = tmp_path / "logs" / "curves.png"
+    assert capsys.readouterr().out == f"The curves are in {path}\n"
+
+
+# The legend
+
+
+@pytest.mark.parametrize(
+    "flags, labels",
+    [
+        ([{"lr": 0.1}, {"lr": 0.05}], ["lr 0.1", "lr 0.05"]),
+        (
+            [{"lr": 0.1, "batch_size": 9}, {"lr": 0.05, "batch_size": 10}],
+            ["lr 0.1, batch-size 9", "lr 0.05, batch-size 10"],
+        ),
+        (
+            [{"lr": 0.1, "seed": 1}, {"lr": 0.1, "seed": 2}, {"lr": 0.2, "seed": 1}],
+            ["lr 0.1, seed 1", "lr 0.1, seed 2", "lr 0.2, seed 1"],
+        ),
+        ([{"lr": 0.1}, {"lr": 0.1}], ["folder 0", "folder 1"]),
+        (
+            [{"lr": 0.1}, {"lr": 0.2}, {"lr": 0.1}],
+            ["lr 0.1, folder 0", "lr 0.2", "lr 0.1, folder 2"],
+        ),
+        ([{"lr": 0.1}, None, {"lr": 0.2}], ["lr 0.1", "folder 1", "lr 0.2"]),
+        ([{"lr": 0.1}, None], ["folder 0", "folder 1"]),
+    ],
+)
+def test_labels_say_what_differs(tmp_path, monkeypatch, flags, labels):
+    monkeypatch.chdir(tmp_path)
+    log_dirs = [Path(str(number)) for number in range(len(flags))]
+    for log_dir, settings in zip(log_dirs, flags, strict=True):
+        if settings is not None:
+            write_flags(log_dir, **settings)
+    assert plot.label_runs(log_dirs) == labels
+
+
+@pytest.mark.parametrize("kind", ["text", "cut off", "another program's", "a list"])
+def test_a_checkpoint_that_cannot_be_read(tmp_path, kind):
+    path = tmp_path / "checkpoint.pt"
+    if kind == "text":
+        path.write_text("lr 0.1")
+    elif kind == "cut off":
+        write_flags(tmp_path, lr=0.1)
+        os.truncate(path, path.stat().st_size // 2)
+    elif kind == "another program's":
+        torch.save({"state_dict": {}}, path)
+    else:
+        torch.save(["lr", 0.1], path)
+    assert plot.read_flags(tmp_path) == {}
+
+
+def test_the_legend_is_above_the_panels_and_has_room(tmp_path):
+    log_dirs = [tmp_path / f"{number} has quite a long label" for number in range(8)]
+    for log_dir in log_dirs:
+        write_run(log_dir, [0.1], 2)
+    figure = draw(*log_dirs)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.texts] == [
+        path.name for path in log_dirs
+    ]
+    box = legend.get_window_extent()
+    top_panel = figure.axes[0].get_window_extent()
+    assert 0 < box.x0 < box.x1 < figure.bbox.x1
+    assert top_panel.y1 < box.y0 < box.y1 < figure.bbox.y1
+    assert top_panel.height > 2 * figure.dpi  # inches
+    assert draw(log_dirs[0]).legends == []
+
+
+def test_runs_differ_in_all_panels(tmp_path):
+    log_dirs = [tmp_path / str(number) for number in range(14)]
+    for log_dir in log_dirs:
+        write_run(log_dir, [0.1, 0.01], 2)
+    panels = panels_of(draw(*log_dirs))
+    light = panels[TRAIN_LABEL].lines[:14]
+    bold = panels[TRAIN_LABEL].lines[14:]
+    looks = [look(line) for line in bold]
+    assert len(set(looks)) == 14
+    # The first seven differ in each respect by which some reader tells them apart.
+    assert len({line.get_color() for line in bold[:7]}) == 7
+    assert len({line.get_marker() for line in bold[:7]}) == 7
+    assert [line.get_color() for line in light] == [line.get_color() for line in bold]
+    for label in (LOSS_LABEL, ACCURACY_LABEL, RATE_LABEL):
+        assert [look(line) for line in panels[label].lines] == looks
+    okabe_ito = "#000000 #e69f00 #56b4e9 #009e73 #f0e442 #0072b2 #d55e00 #cc79a7"
+    for line in bold:
+        assert matplotlib.colors.to_hex(line.get_color()) in okabe_ito
+
+
+def look(line):
+    return line.get_color(), line.get_marker(), line.get_fillstyle()
+
+
+# The curves
+
+
+@pytest.mark.parametrize("epochs, window", [(1, 5), (8, 20), (30, 50)])
 def test_training_loss_and_its_running_mean(tmp_path, epochs, window):
     losses = write_run(tmp_path / "logs", [0.1] * epochs, 50)
-    panels = drawn(tmp_path / "logs")
-    (label, panel), half = next(iter(panels.items())), window // 2
-    assert label == f"Training loss (nats)\nbold: mean of {window} steps"
-    light, dark = panel.lines
-    for line in (light, dark):
+    panel = draw(tmp_path / "logs").axes[0]
+    assert panel.get_ylabel() == f"Training loss (nats)\nbold: mean of {window} steps"
+    light, bold = panel.lines
+    for line in (light, bold):
         np.testing.assert_allclose(line.get_xdata(), np.arange(1, len(losses) + 1) / 50)
     np.testing.assert_array_equal(light.get_ydata(), losses)
-    means = [losses[max(0, i - half) : i + half + 1].mean() for i in range(len(losses))]
-    np.testing.assert_allclose(dark.get_ydata(), means)
-    assert light.get_alpha() < 0.5 and light.get_linewidth() < dark.get_linewidth()
+    means = []
+    for index in range(len(losses)):
+        first = max(0, index - window // 2)
+        means.append(losses[first : index - window // 2 + window].mean())
+    np.testing.assert_allclose(bold.get_ydata(), means)
+    assert light.get_alpha() < 0.5
+    assert light.get_linewidth() < bold.get_linewidth()
     assert panel.get_xlim()[0] == 0
 
 
-def test_tests_line_up_with_steps_of_runs_of_unlike_lengths(tmp_path):
+def test_runs_of_unlike_lengths_in_epochs(tmp_path):
     write_run(tmp_path / "a", [0.1, 0.1, 0.1], 40)
     write_run(tmp_path / "b", [0.2, 0.2], 10)
-    panels = drawn(tmp_path / "a", tmp_path / "b")
-    assert list(panels)[1:] == TESTED  # each rate is constant
-    loss, accuracy = (panels[label] for label in TESTED)
-    for i, epochs in enumerate(([1, 2, 3], [1, 2])):
-        x, values = np.array(epochs), loss.lines[i].get_xydata().T
-        np.testing.assert_allclose(values, [x, 1 / x])
-        np.testing.assert_allclose(accuracy.lines[i].get_xydata().T, [x, 90 + x])
-    scales = [panel.get_yscale() for panel in panels.values()]
+    figure = draw(tmp_path / "a", tmp_path / "b")
+    panels = panels_of(figure)
+    # Each rate is constant: it has no panel.
+    assert list(panels)[1:] == [LOSS_LABEL, ACCURACY_LABEL]
+    a, b = panels[LOSS_LABEL].lines
+    assert points(a) == [[1, 1], [2, 1 / 2], [3, 1 / 3]]
+    assert points(b) == [[1, 1], [2, 1 / 2]]
+    a, b = panels[ACCURACY_LABEL].lines
+    assert points(a) == [[1, 91], [2, 92], [3, 93]]
+    assert points(b) == [[1, 91], [2, 92]]
+    scales = [panel.get_yscale() for panel in figure.axes]
     assert scales == ["log", "log", "linear"]
-    assert accuracy.get_xlabel() == "Training time (epochs)"
-
-
-def test_runs_differ_in_colour_line_and_marker(tmp_path):
-    log_dirs = [tmp_path / str(i) for i in range(12)]
-    for log_dir in log_dirs:
-        write_run(log_dir, [0.1], 2)
-    *_, panel = drawn(*log_dirs).values()
-    colours = [matplotlib.colors.to_hex(line.get_color()) for line in panel.lines]
-    markers = [line.get_marker() for line in panel.lines]
-    styles = [str(line._dash_pattern) for line in panel.lines]
-    assert len(set(colours)) == 7 and len(set(zip(markers, styles))) == 12
-    okabe_ito = "#000000 #e69f00 #56b4e9 #009e73 #f0e442 #0072b2 #d55e00 #cc79a7"
-    assert all(colour in okabe_ito for colour in colours)
+    assert x_label(figure) == "Training time (epochs)"
 
 
 def test_learning_rate_where_any_run_changes_it(tmp_path):
     write_run(tmp_path / "a", [0.1, 0.1], 4)
     write_run(tmp_path / "b", [0.1, 0.01], 4)
-    panel = drawn(tmp_path / "a", tmp_path / "b")["Learning rate"]
+    panel = panels_of(draw(tmp_path / "a", tmp_path / "b"))[RATE_LABEL]
     a, b = panel.lines
     assert list(a.get_ydata()) == [0.1] * 8
     assert list(b.get_ydata()) == [0.1] * 4 + [0.01] * 4
-    assert b.get_drawstyle() == "steps-pre" and panel.get_yscale() == "log"
+    assert b.get_drawstyle() == "steps-pre"
+    assert panel.get_yscale() == "log"
 
 
-@pytest.mark.parametrize("half", ["", "4", "4,2,1", "4,2,1,0.1,0.", "4,2,1,0.1,0.5"])
-def test_half_a_line_is_left_out(tmp_path, half):
+@pytest.mark.parametrize("highest, lowest", [(0.3, 0.2), (1, 0.03), (2, 0.0001)])
+def test_axes_of_loss_have_some_ticks_but_not_too_many(tmp_path, highest, lowest):
+    write_run(tmp_path / "logs", [0.1, 0.1], 4)
+    rows = f"1,4,0.1,{highest},91\n2,8,0.1,{lowest},99.99\n"
+    (tmp_path / "logs" / "test.csv").write_text(TEST + rows)
+    panels = panels_of(draw(tmp_path / "logs"))
+    panels[LOSS_LABEL].figure.draw_without_rendering()
+    bottom, top = panels[LOSS_LABEL].get_ylim()
+    ticks = panels[LOSS_LABEL].get_yticks()
+    assert 3 <= sum(bottom <= tick <= top for tick in ticks) <= 10
+    assert panels[ACCURACY_LABEL].get_ylim()[1] == 100
+
+
+# A run that goes on, and one that failed
+
+
+@pytest.mark.parametrize("part", ["4,2,1", "4,2,1,0.1,0.5"])
+def test_part_of_a_line_is_left_out(tmp_path, part):
     losses = write_run(tmp_path / "logs", [0.1], 3)
     for name in ("train.csv", "test.csv"):
         with open(tmp_path / "logs" / name, "a") as file:
-            file.write(half)
-    label, panel = next(iter(drawn(tmp_path / "logs").items()))
-    assert list(panel.lines[0].get_ydata()) == list(losses)
-    assert label.endswith("mean of 1 steps")
+            file.write(part)
+    panels = panels_of(draw(tmp_path / "logs"))
+    assert list(panels[TRAIN_LABEL].lines[0].get_ydata()) == list(losses)
+    assert points(panels[LOSS_LABEL].lines[0]) == [[1, 1]]
 
 
-@pytest.mark.parametrize("test", [TEST, TEST[:-1], TEST[:9], TEST + "1,3,0."])
-def test_no_test_yet(tmp_path, test):
-    (tmp_path / "train.csv").write_text(TRAIN + "1,1,0,0.1,2.5\n2,1,1,0.1,")
-    (tmp_path / "test.csv").write_text(test)
-    (panel,) = drawn(tmp_path).values()
-    assert panel.get_xlabel() == "Training time (steps)"  # an epoch's length is unknown
-    assert [line.get_xydata().tolist() for line in panel.lines] == [[[1, 2.5]]] * 2
-    assert panel.lines[1].get_marker() not in ("", "None")  # else one step is invisible
+def test_no_test_yet(tmp_path):
+    write_first_steps(tmp_path / "logs", 1)
+    figure = draw(tmp_path / "logs")
+    (panel,) = figure.axes
+    light, bold = panel.lines
+    assert points(light) == points(bold) == [[1, 2.5]]
+    assert bold.get_marker() not in ("", "None")  # else one step is invisible
+    assert x_label(figure) == "Training time (steps)"  # an epoch's length is not known
+    plot.main([str(tmp_path / "logs")])
+    assert png_size(tmp_path / "logs" / "curves.png")[1] < 500  # one panel
 
 
-def test_a_picture_of_the_first_steps(tmp_path):
-    (tmp_path / "train.csv").write_text(TRAIN + "1,1,0,0.1,2.5\n2,1,1,0.1,")
-    (tmp_path / "test.csv").write_text(TEST)
-    plot.main([str(tmp_path)])
-    assert png_size(tmp_path / "curves.png")[1] < 700  # one panel
+def test_no_test_yet_of_one_of_two_runs(tmp_path):
+    write_run(tmp_path / "a", [0.1, 0.1], 10)
+    write_first_steps(tmp_path / "b", 3)
+    figure = draw(tmp_path / "a", tmp_path / "b")
+    assert x_label(figure) == "Training time (steps)"
+    panels = panels_of(figure)
+    a, b = panels[TRAIN_LABEL].lines[:2]
+    assert a.get_xdata().tolist() == list(range(1, 21))
+    assert b.get_xdata().tolist() == [1, 2, 3]
+    a, b = panels[LOSS_LABEL].lines
+    assert points(a) == [[10, 1], [20, 1 / 2]]
+    assert points(b) == []
 
 
-def test_a_loss_that_is_not_finite(tmp_path):
-    write_run(tmp_path / "logs", [0.1], 3)
+def test_losses_that_are_not_finite_are_left_out(tmp_path):
+    losses = write_run(tmp_path / "logs", [0.1], 3)
     with open(tmp_path / "logs" / "train.csv", "a") as file:
-        file.write("4,2,0,0.1,nan\n")
-    panel = next(iter(drawn(tmp_path / "logs").values()))
-    assert len(panel.lines[0].get_ydata()) == 3
+        file.write("4,2,0,0.1,inf\n5,2,1,0.1,nan\n")
+    light, bold = draw(tmp_path / "logs").axes[0].lines
+    assert list(light.get_ydata()) == list(losses)
+    assert len(bold.get_ydata()) == 3
 
+
+# Errors
 
 NO_STEPS = "has no steps yet"
-FOREIGN = "is empty, broken or not"
+FOREIGN = "not a table of main.py's"
 BAD = {
     "missing": ("train.csv", None, "No such file"),
     "missing test": ("test.csv", None, "No such file"),
     "empty": ("train.csv", b"", FOREIGN),
-    "empty test": ("test.csv", b"", FOREIGN),
-    "half a header": ("train.csv", b"step,ep", NO_STEPS),
-    "header": ("train.csv", TRAIN.encode(), NO_STEPS),
-    "half a row": ("train.csv", TRAIN.encode() + b"1,1,0,0.", NO_STEPS),
-    "no number": ("train.csv", TRAIN.encode() + b"1,1,0,0.1,nan\n", NO_STEPS),
-    "other columns": ("train.csv", b"a,b\n1,2\n", FOREIGN),
-    "the other file": ("train.csv", TEST.encode() + b"1,3,0.1,2,90\n", FOREIGN),
-    "words": ("train.csv", TRAIN.encode() + b"1,1,0,0.1,high\n", FOREIGN),
-    "a short row": ("test.csv", TEST.encode() + b"1,3,0.1,2\n", FOREIGN),
-    "a long row": ("train.csv", TRAIN.encode() + b"1,1,0,1,1\n2,1,1,1,1,1\n", FOREIGN),
-    "long rows": ("train.csv", TRAIN.encode() + b"1,1,0,1,1,1\n2,1,1,1,1,1\n", FOREIGN),
-    "steps go back": ("train.csv", TRAIN.encode() + b"2,1,0,1,1\n1,1,1,1,1\n", FOREIGN),
     "bytes": ("train.csv", bytes(range(256)) * 9, FOREIGN),
+    "words": ("test.csv", TEST.encode() + b"1,3,0.1,high,90\n", FOREIGN),
+    "the other table": ("train.csv", TEST.encode() + b"1,3,0.1,2,9\n", "other columns"),
+    "header": ("train.csv", TRAIN.encode(), NO_STEPS),
+    "nothing finite": ("train.csv", TRAIN.encode() + b"1,1,0,0.1,nan\n", NO_STEPS),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_records_end_in_one_line(tmp_path, capsys, case):
+def test_bad_tables_end_in_one_line(tmp_path, case):
     name, content, reason = BAD[case]
     write_run(tmp_path / "logs", [0.1], 3)
+    path = tmp_path / "logs" / name
     if content is None:
-        (tmp_path / "logs" / name).unlink()
+        path.unlink()
     else:
-        (tmp_path / "logs" / name).write_bytes(content)
-    with pytest.raises(SystemExit) as stop:  # here, as a process for each takes long
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
         plot.main([str(tmp_path / "logs")])
     line = stop.value.code
-    assert line.startswith("plot.py: error: ") and "\n" not in line
-    assert str(tmp_path / "logs" / name) in line and reason in line
-    assert line.endswith("run main.py first, or name another log dir")
+    assert line.startswith(f"plot.py: error: {path}")
+    assert reason in line
+    assert "\n" not in line
+    way_out = "wait for the first" if reason == NO_STEPS else "name another log dir"
+    assert way_out in line
     assert not (tmp_path / "logs" / "curves.png").exists()
-    assert capsys.readouterr().out == ""
 
 
-def test_errors_as_users_see_them(tmp_path):
+def test_an_error_as_users_see_it(tmp_path):
     write_run(tmp_path / "logs", [0.1], 3)
-    line = one_line(run("plot.py", cwd=tmp_path / "logs"), 1)
-    assert os.path.join("logs", "train.csv") in line
-    (tmp_path / "empty").mkdir()
-    line = one_line(run("plot.py", "logs", "empty", cwd=tmp_path), 1)
-    assert os.path.join("empty", "train.csv") in line
-    assert line.endswith("run main.py first, or name another log dir")
-
-
-@pytest.mark.parametrize("output", ["none/a.png", "folder.pdf"])
-def test_an_output_that_cannot_be_written(tmp_path, output):
-    write_run(tmp_path / "logs", [0.1], 3)
-    (tmp_path / "folder.pdf").mkdir()
-    finished = run("plot.py", "logs", "--output", output, cwd=tmp_path)
-    line = one_line(finished, 1)
-    assert output in line and line.endswith("with --output") and not finished.stdout
-
-
-@pytest.mark.parametrize("flags", [["--output", "a.xyz"], ["--output", "a"], ["--out"]])
-def test_bad_flags(tmp_path, flags):
-    write_run(tmp_path / "logs", [0.1], 3)
-    line = one_line(run("plot.py", *flags, cwd=tmp_path), 2)
-    assert line.startswith("plot.py: error: ") and flags[-1] in line
+    line = one_line(run("plot.py", "logs", "none", cwd=tmp_path), 1)
+    assert line.startswith(
+        f"plot.py: error: {Path('none') / 'train.csv'}: No such file"
+    )
     assert os.listdir(tmp_path) == ["logs"]
 
 
-def test_importing_does_nothing(tmp_path):
-    code = "import sys, plot; print('torch' in sys.modules or 'pyplot' in dir(plot))"
-    environment = os.environ | {"PYTHONPATH": str(HOME)}
-    options = {"cwd": tmp_path, "env": environment, "capture_output": True}
-    command = [sys.executable, "-c", code]
-    finished = subprocess.run(command, check=True, text=True, **options)
-    assert (finished.stdout, finished.stderr) == ("False\n", "")
-    assert not os.listdir(tmp_path)
+@pytest.mark.parametrize("output", ["none/a.png", "folder.pdf"])
+def test_an_output_that_cannot_be_written(tmp_path, capsys, output):
+    write_run(tmp_path / "logs", [0.1], 3)
+    (tmp_path / "folder.pdf").mkdir()
+    path = str(tmp_path / output)
+    with pytest.raises(SystemExit) as stop:
+        plot.main([str(tmp_path / "logs"), "--output", path])
+    assert stop.value.code.startswith(f"plot.py: error: {path}: ")
+    assert stop.value.code.endswith("name another file with --output")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("flags", [["--output", "a.xyz"], ["--output", "a"], ["--out"]])
+def test_bad_flags(tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "logs", [0.1], 3)
+    with pytest.raises(SystemExit) as stop:
+        plot.main(flags)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("plot.py: error: ")
+    assert flags[-1] in line
+    assert sorted(os.listdir(tmp_path / "logs")) == ["test.csv", "train.csv"]
