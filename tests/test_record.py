@@ -338,7 +338,10 @@ def test_signal_stops_the_run_with_one_line(small_mnist, go, twin, tmp_path):
         command = [sys.executable, HOME / "main.py", *map(str, flags)]
         runs[number] = subprocess.Popen(command, text=True, **pipes)
         threading.Thread(target=signal_in_epoch_2, args=(runs[number], number)).start()
-    lines = [f"interrupted in epoch {n}: continue with --resume\n" for n in range(1, 7)]
+    lines = [
+        f"main.py: interrupted with {n} of 6 epochs stored: --resume goes on\n"
+        for n in range(1, 7)
+    ]
     for number, process in runs.items():
         assert process.wait(100) == status[number]
         errors = process.stderr.read()
@@ -358,7 +361,8 @@ def signal_in_epoch_2(process, number):
 def test_signal_while_a_checkpoint_is_written(number, status, go, twin, tmp_path):
     finished = go(tmp_path, before="epoch-02.pkl", action=number)
     assert finished.returncode == status
-    assert finished.stderr == "interrupted in epoch 2: continue with --resume\n"
+    line = "main.py: interrupted with 1 of 6 epochs stored: --resume goes on\n"
+    assert finished.stderr == line
     finish(go, tmp_path, twin)
 
 
@@ -526,69 +530,3 @@ def test_second_run_on_a_log_dir_is_refused(start, go, twin, tmp_path):
         os.kill(first.pid, signal.SIGCONT)
     assert end(first).returncode == 0
     assert_same(tmp_path, twin)
-
-
-# load_parameters
-
-
-def test_load_parameters_gives_what_was_stored(twin, small_mnist):
-    raw = f"{small_mnist}/MNIST/raw/t10k"
-    pixels = np.fromfile(f"{raw}-images-idx3-ubyte", np.uint8, offset=16)
-    labels = np.fromfile(f"{raw}-labels-idx1-ubyte", np.uint8, offset=8)
-    images = (pixels.reshape(-1, 1, 28, 28) / 255 - 0.1307) / 0.3081
-    images = torch.tensor(images.astype(np.float32))
-    for epoch, row in enumerate(rows(twin / "test.csv"), 1):
-        path = twin / "params" / f"epoch-{epoch:02}.pkl"
-        arrays, expected = main.load_parameters(path), pickle.loads(path.read_bytes())
-        assert list(arrays) == list(expected)
-        for name, array in arrays.items():
-            assert array.dtype == np.float32
-            assert array.shape == expected[name].shape
-            assert np.array_equal(array, expected[name]), name
-        model = main.LeNet()
-        model.load_state_dict({k: torch.tensor(v) for k, v in arrays.items()})
-        model.eval()
-        correct = 0
-        with torch.no_grad():
-            for start in range(0, len(images), 40):
-                guess = model(images[start : start + 40]).argmax(1).numpy()
-                correct += int((guess == labels[start : start + 40]).sum())
-        assert float(row["accuracy"]) == 100 * correct / len(labels)
-
-
-@pytest.mark.parametrize("depth", [0, 1, 2])
-def test_load_parameters_runs_no_code(depth, tmp_path):
-    path, touched = tmp_path / "epoch-00.pkl", tmp_path / "touched"
-    hostile = Hostile(touched)
-    content = [hostile, {"m": hostile}, {"m": np.array([hostile], object)}][depth]
-    path.write_bytes(pickle.dumps(content))
-    with pytest.raises(main.RunError, match="epoch-00.pkl"):
-        main.load_parameters(path)
-    assert not touched.exists()
-    pickle.loads(path.read_bytes())  # which shows that it was a real one
-    assert touched.exists()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"hello\n",
-        pickle.dumps([1.0, 2.0]),
-        pickle.dumps({"m": object()}),
-        pickle.dumps({"m": "a word"}),
-        pickle.dumps({"m": np.array([None, "x"], object)}),
-        b"cnumpy.f2py.__main__\ndtype\n.",  # a module whose import exits
-        "cut",
-        None,
-    ],
-)
-def test_load_parameters_refuses_other_files(content, twin, tmp_path):
-    path = tmp_path / "epoch-00.pkl"
-    if content == "cut":
-        content = (twin / "params" / "epoch-01.pkl").read_bytes()[:-1000]
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(main.RunError) as error:
-        main.load_parameters(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
