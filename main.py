@@ -26,6 +26,7 @@ Sources, by their numbers in the guide:
 import argparse
 import csv
 import ctypes
+import errno
 import http.client
 import io
 import math
@@ -225,15 +226,14 @@ def find_dataset(name, data_dir):
     except DOWNLOAD_ERRORS as error:
         if name == "auto" and missing == MNIST_FILES:
             print(
-                f"main.py: warning: MNIST is not in {raw} and could not be downloaded:"
-                " TRAINING ON MNIST-5K INSTEAD (with --dataset mnist it says why)",
+                f"main.py: warning: MNIST is not in {raw} and could not be downloaded."
+                " TRAINING ON MNIST-5K INSTEAD. With --dataset mnist you see why.",
                 file=sys.stderr,
             )
             return "mnist-5k"
         raise RunError(
-            f"{', '.join(missing)}: not in {raw}, and the download failed"
-            f" ({one_line(error)}): copy them there, unpacked, or give --dataset"
-            " mnist-5k"
+            f"{raw} lacks {', '.join(missing)}: copy them there, unpacked, or give"
+            f" --dataset mnist-5k. The download failed: {one_line(error)}"
         ) from error
     return "mnist"
 
@@ -1206,16 +1206,16 @@ def main(argv=None):
 
 
 def name_file(error):
-    """The file that an OSError is about; where there is none, the error goes on."""
+    """The file that an OSError is about. An error that is about none goes on."""
     if error.filename is not None:
         return error.filename
-    try:
-        sys.stdout.flush()  # which fails again if it was this that failed
-    except OSError:
-        # Python flushes it once more when it exits: now into nothing, and in vain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return "standard output"
-    raise error
+    # Of all that the program writes to, standard output alone has no name: a pipe that
+    # its reader has closed, or a full disk.
+    if error.errno not in (errno.EPIPE, errno.ENOSPC):
+        raise error
+    # Python writes what is left over when it exits. Now that goes nowhere, in silence.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return "standard output"
 
 
 if __name__ == "__main__":
