@@ -13,6 +13,14 @@ cd "$(dirname "$(readlink -f "$0")")" # relative folders are those beside this s
 mkdir -p -- "$LOGDIR"
 mkdir -p -- "$DATADIR"
 
+# Two runs would write to one log. This file is locked until the training, which keeps it
+# open, has ended. (macOS has no flock: there, main.py alone refuses the second run.)
+exec 9>>"$LOGDIR/.lock-run.sh"
+if command -v flock >/dev/null && ! flock --nonblock 9; then
+  echo "run.sh: another run is using LOGDIR=$LOGDIR: wait for its end, or choose another" >&2
+  exit 1
+fi
+
 log=$LOGDIR/log.out
 if [ -e "$log" ]; then # of an earlier run: kept
   n=1

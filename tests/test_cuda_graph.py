@@ -1,10 +1,13 @@
 """The CUDA graph: its rules with a stand-in for it, and itself where there is a GPU."""
 
+import math
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
-from conftest import run
+from conftest import one_line, run
 from torch import nn, optim
 
 import main
@@ -12,86 +15,110 @@ import main
 FLAGS = ("--epochs", 3, "--batch-size", 128, "--schedule", "cosine")
 
 
-@pytest.fixture
-def events(monkeypatch):
-    """What happens to torch.cuda.make_graphed_callables, which runs on a CPU here.
+class StandInDevice(str):
+    """A CPU that main takes for a GPU, by its type."""
 
-    As documented, what is captured runs at replays only, on the tensors it was captured
-    with, and gives its result in the same memory every time.
-    """
-    events = []
-
-    def make_graphed_callables(function, sample_args, num_warmup_iters=3):
-        assert num_warmup_iters == 0  # a warm-up would train
-        (static,), result = sample_args, torch.full((), torch.nan)
-        events.append(("capture", len(static)))
-
-        def replay(index):
-            assert index.shape == static.shape and index is not static
-            events.append(("replay", len(index)))
-            return result.copy_(function(static.copy_(index)))
-
-        return replay
-
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # if there is one
-    return events
+    type = "cuda"
 
 
-def test_three_batches_of_a_size_run_before_its_graph(events):
-    def step(index, size):
-        assert size == len(index)
-        if events[-1] != ("replay", len(index)):
-            events.append(("eager", len(index)))
-        return index.sum()
+class StandInStream:
+    def __init__(self, note):
+        self.note = note
 
-    known, batches, losses = {}, torch.arange(140).split(16), []  # eight, and one of 12
-    for _ in range(4):
-        for index in batches:
-            events.append(("next", len(index)))
-            losses.append(main.replayed(step, known, index, len(index)).item())
-    assert losses == 4 * [index.sum().item() for index in batches]
-    assert torch.equal(torch.cat(batches), torch.arange(140))  # none was overwritten
-    for size, count in ((16, 32), (12, 4)):
-        happened = [event for event, length in events if length == size]
-        graph = ["capture", "replay", *(count - 4) * ["next", "replay"]]
-        assert happened == 3 * ["next", "eager"] + ["next", *graph]
+    def wait_stream(self, other):
+        self.note("wait")
 
 
-def test_a_replayed_run_leaves_the_same_record(
-    events, small_mnist, tmp_path, monkeypatch
-):
-    def train(epoch, model, step, *others):
-        return plain_train(epoch, model, partial(main.replayed, step, known), *others)
+class StandInGraph:
+    """As documented, the graph replays what was captured, with the same tensors."""
 
-    known, plain_train = {}, main.train
-    flags = [*map(str, FLAGS), "--data-dir", str(small_mnist), "--log-dir"]
-    main.main([*flags, str(tmp_path / "eager")])
-    assert events == []
-    monkeypatch.setattr(main, "train", train)
-    main.main([*flags, str(tmp_path / "replayed")])
-    assert events.count(("capture", 128)) == 1 and ("capture", 88) not in events
-    assert events.count(("replay", 128)) == 3 * 4 - 3
-    for path in (tmp_path / "eager").rglob("*.*"):
-        if path.suffix in (".csv", ".pkl"):
-            twin = tmp_path / "replayed" / path.relative_to(tmp_path / "eager")
-            assert twin.read_bytes() == path.read_bytes(), path
+    def __init__(self, note):
+        self.note = note
+
+    def replay(self):
+        self.note("replay")
+        self.loss.copy_(self.captured_step())
 
 
-@pytest.mark.parametrize("name", ["constant", "step", "cosine"])
-def test_the_schedule_writes_into_the_tensor_that_a_graph_reads(name):
-    def optimizer(lr):
-        return optim.SGD([nn.Parameter(torch.zeros(1))], lr, fused=True)
+def pretend_to_have_a_gpu(notes, capture_error=None):
+    """Has main take this CPU for a GPU, and notes what it does with the graph."""
 
-    ours, numbers = optimizer(torch.tensor(0.1)), optimizer(0.1)
-    lr = ours.param_groups[0]["lr"]
-    schedules = [main.Schedule(o, name, 8) for o in (ours, numbers)]
-    for _ in range(8):
-        assert ours.param_groups[0]["lr"] is lr
-        assert lr.item() == pytest.approx(numbers.param_groups[0]["lr"], rel=1e-6)
-        for schedule in schedules:
-            schedule.optimizer.step()
-            schedule.step()
+    def note(event):
+        with open(notes, "a") as file:
+            file.write(f"{event}\n")
+
+    train_step = main.train_step
+
+    def noted_step(model, loss_function, optimizer, data, target):
+        note(f"step of {len(data)}")
+        return train_step(model, loss_function, optimizer, data, target)
+
+    @contextmanager
+    def capture(graph):
+        def captured(*arguments):
+            # Nothing runs yet: the result is memory that a replay fills.
+            graph.captured_step = partial(train_step, *arguments)
+            graph.loss = torch.full((), math.nan)
+            return graph.loss
+
+        note("capture")
+        if capture_error is not None:
+            raise RuntimeError(capture_error)
+        with mock.patch.object(main, "train_step", captured):
+            yield
+
+    main.train_step = noted_step
+    main.select_device = lambda: StandInDevice("cpu")
+    torch.cuda.CUDAGraph = lambda: StandInGraph(note)
+    torch.cuda.graph = capture
+    torch.cuda.Stream = lambda: StandInStream(note)
+    torch.cuda.current_stream = lambda: StandInStream(note)
+    torch.cuda.stream = nullcontext
+
+
+def train(go, small_mnist, folder, *flags, **options):
+    """Runs main in `folder` with the stand-in; returns the end and the notes."""
+    folder.mkdir(exist_ok=True)
+    paths = ("--data-dir", small_mnist, "--log-dir", folder / "logs")
+    notes = folder / "notes"
+    notes.touch()
+    prepare = partial(pretend_to_have_a_gpu, notes, **options)
+    finished = go(*paths, *FLAGS, *flags, prepare=prepare)
+    return finished, notes.read_text().splitlines()
+
+
+def test_a_replayed_run_leaves_the_same_record(go, small_mnist, tmp_path):
+    replayed, notes = train(go, small_mnist, tmp_path / "replayed")
+    assert (replayed.returncode, replayed.stderr) == (0, "")
+    assert "   cuda:  True\n" in replayed.stdout
+    # 600 images make four full batches and one of 88.
+    first = 3 * ["wait", "step of 128", "wait"] + ["capture", "replay", "step of 88"]
+    others = 4 * ["replay"] + ["step of 88"]
+    assert notes == first + 2 * others
+
+    eager, notes = train(go, small_mnist, tmp_path / "eager", "--no-graph")
+    assert (eager.returncode, eager.stderr) == (0, "")
+    assert notes == 3 * (4 * ["step of 128"] + ["step of 88"])
+    names = ["train.csv", "test.csv", *(f"params/epoch-0{n}.pkl" for n in range(4))]
+    for name in names:
+        twin = tmp_path / "eager" / "logs" / name
+        assert (tmp_path / "replayed" / "logs" / name).read_bytes() == twin.read_bytes()
+
+
+def test_no_graph_may_change_when_a_run_is_resumed(go, small_mnist, tmp_path):
+    train(go, small_mnist, tmp_path, "--schedule", "constant", "--epochs", 1)
+    flags = ("--schedule", "constant", "--epochs", 2, "--resume", "--no-graph")
+    finished, _ = train(go, small_mnist, tmp_path, *flags)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert "[Epoch  1]" not in finished.stdout and "[Epoch  2]" in finished.stdout
+
+
+def test_a_capture_that_fails_names_the_way_out(go, small_mnist, tmp_path):
+    error = "operation not permitted\nwhen the stream is capturing"
+    finished, notes = train(go, small_mnist, tmp_path, capture_error=error)
+    line = one_line(finished, 1)
+    assert "--no-graph" in line and " ".join(error.split()) in line
+    assert notes[-1] == "capture"
 
 
 # On a GPU
@@ -100,31 +127,34 @@ def test_the_schedule_writes_into_the_tensor_that_a_graph_reads(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_500_replayed_steps_are_500_eager_ones(digits):
     device = main.select_device()
-    images = torch.tensor(digits[0][:, None], dtype=torch.float32, device=device) / 255
-    labels, losses = torch.tensor(digits[1], device=device), []
-    for wrap in (lambda step: step, lambda step: partial(main.replayed, step, {})):
+    pixels, labels = digits
+    images = torch.tensor(pixels).float().unsqueeze(1) / 255
+    loader = main.Loader(images, torch.tensor(labels).long(), 128, device, seed=1)
+    losses = {}
+    for step in (main.train_step, main.GraphedStep(128)):
         torch.manual_seed(1)
-        network = main.LeNet().to(device, memory_format=torch.channels_last).train()
+        model = main.prepare(main.LeNet(), device).train()
         lr = torch.tensor(0.1, device=device)
-        optimizer = optim.SGD(network.parameters(), lr, 0.9, fused=True)
-        loss = nn.CrossEntropyLoss()
-        step = wrap(partial(main.train_step, network, loss, optimizer, images, labels))
-        losses.append([])
-        for epoch in range(13):
-            lr.fill_(0.1 / (1 + epoch))  # as the schedule does
-            for index, size in main.shuffled_batches(images, 128, 1, epoch):
-                losses[-1].append(step(index, size).item())
-    assert len(losses[0]) > 500 and losses[0] == losses[1]
+        optimizer = optim.SGD(model.parameters(), lr, 0.9, fused=True)
+        losses[step] = []
+        for epoch in range(1, 14):
+            loader.epoch = epoch
+            lr.fill_(0.1 / epoch)  # as the schedule does
+            for data, target in loader:
+                loss = step(model, nn.CrossEntropyLoss(), optimizer, data, target)
+                losses[step].append(loss)
+    eager, replayed = (torch.stack(values).tolist() for values in losses.values())
+    assert len(eager) > 500 and eager == replayed
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_resumed_run_on_a_gpu_has_the_bits_of_its_twin(small_mnist, tmp_path):
-    flags = ("--data-dir", small_mnist, *FLAGS[2:4], "--log-dir")
+    flags = ("--data-dir", small_mnist, "--batch-size", 128, "--log-dir")
     assert run("main.py", *flags, tmp_path / "twin", "--epochs", 4).returncode == 0
     for epochs in (1, 2, 4):
         resume = ("--epochs", epochs, "--resume")
         finished = run("main.py", *flags, tmp_path / "resumed", *resume)
         assert finished.returncode == 0, finished.stderr
     for name in ("train.csv", "test.csv", "params/epoch-04.pkl"):
-        contents = [(tmp_path / d / name).read_bytes() for d in ("twin", "resumed")]
-        assert contents[0] == contents[1], name
+        twin = tmp_path / "twin" / name
+        assert (tmp_path / "resumed" / name).read_bytes() == twin.read_bytes(), name

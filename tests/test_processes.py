@@ -1,49 +1,76 @@
-"""Two processes, as on a machine with two GPUs, but on its CPU: torchrun and gloo."""
+"""Two processes, as on a machine with two GPUs, but on its CPU.
 
-import csv
+Most are forked, with the variables that torchrun would set for them. test_run_sh.py has
+runs of torchrun that end well, or are killed.
+"""
+
 import os
-import pickle
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
-from conftest import HOME, run
-
-import main
-
-TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
-WITHOUT_BATCH_STATISTICS = """
-import sys
+from conftest import (
+    HOME,
+    OFFLINE,
+    act_before,
+    end,
+    is_stopped,
+    one_line,
+    print_seeds,
+    read_params,
+    rows,
+    wait_for,
+)
 from torch import nn
+
 import main
-main.LeNet.train = lambda self, mode=True: nn.Module.train(self, False)
-main.main()
-"""
 
 
-def launch(program, *arguments, log_dir, data_dir):
-    """Starts a script in two processes, under torchrun."""
-    paths = ("--data-dir", data_dir, "--log-dir", log_dir)
-    command = [sys.executable, *TORCHRUN, program, *map(str, arguments), *paths]
-    environment = os.environ | {"PYTHONPATH": str(HOME)}
-    pipes = {name: subprocess.PIPE for name in ("stdout", "stderr")}
-    return subprocess.Popen(command, env=environment, text=True, **pipes)
+@pytest.fixture
+def start_two(start):
+    """A function that starts main in two processes, as `start` does, and returns them.
+
+    `prepare_first` is called in the first process, and `prepare` in the second or both.
+    """
+
+    def start_two(*arguments, prepare=None, prepare_first=None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environ = {
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        first = start(
+            *arguments,
+            environ=environ | {"RANK": "0", "LOCAL_RANK": "0"},
+            prepare=prepare_first or prepare,
+        )
+        second = start(
+            *arguments,
+            environ=environ | {"RANK": "1", "LOCAL_RANK": "1"},
+            prepare=prepare,
+        )
+        return first, second
+
+    return start_two
 
 
-def alone(monkeypatch, *arguments, log_dir, data_dir):
-    """Runs main in this process, which saves its imports."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    paths = ("--data-dir", data_dir, "--log-dir", log_dir)
-    main.main([*map(str, (*arguments, *paths))])
-
-
-def rows(file):
-    with open(file, newline="") as lines:
-        return list(csv.DictReader(lines))
+def end_well(first, second):
+    """Waits for the end of two processes; returns what the first one printed."""
+    for process in (second, first):
+        finished = end(process)
+        assert (finished.returncode, finished.stderr) == (0, "")
+        if process is second:
+            assert finished.stdout == ""
+    return finished.stdout
 
 
 def assert_whole(log_dir, epochs, batches):
@@ -58,94 +85,151 @@ def assert_whole(log_dir, epochs, batches):
     table = [(int(r["epoch"]), int(r["step"])) for r in rows(log_dir / "test.csv")]
     assert table == [(epoch, epoch * batches) for epoch in range(1, epochs + 1)]
     for epoch in range(epochs + 1):
-        path = log_dir / "params" / f"epoch-{epoch:02}.pkl"
-        arrays = pickle.loads(path.read_bytes())
-        assert list(arrays) == list(main.LeNet().state_dict())
+        assert list(read_params(log_dir, epoch)) == list(main.LeNet().state_dict())
     assert len(list((log_dir / "params").iterdir())) == epochs + 1
     assert (log_dir / "checkpoint.pt").exists()
 
 
-def test_one_output_and_one_record(small_mnist, monkeypatch, tmp_path):
-    flags = ("--batch-size", 50, "--epochs", 3)
-    paths = {"data_dir": small_mnist}
-    process = launch(HOME / "main.py", *flags, log_dir=tmp_path / "two", **paths)
-    alone(monkeypatch, *flags, log_dir=tmp_path / "one", **paths)
-    output, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
+# What they compute
+
+
+def test_one_output_and_one_record(start_two, go, small_mnist, tmp_path):
+    flags = ("--data-dir", small_mnist, "--batch-size", 50, "--epochs", 3, "--log-dir")
+    output = end_well(*start_two(*flags, tmp_path / "two"))
+    assert go(*flags, tmp_path / "one").returncode == 0
     lines = output.splitlines()
     assert lines.count("Training LeNet on MNIST") == 1
+    assert lines.count("   processes:  2") == 1
     starts = [line[:10] for line in lines if line.startswith("[Epoch")]
     assert starts == ["[Epoch  1]", "[Epoch  2]", "[Epoch  3]"]
     assert sum(line.startswith("Done in ") for line in lines) == 1
     assert_whole(tmp_path / "two", 3, 12)
-    one, two = (
-        [float(row["accuracy"]) for row in rows(tmp_path / name / "test.csv")]
-        for name in ("one", "two")
-    )
-    assert two[-1] > 60 and two[-1] == pytest.approx(one[-1], abs=10)  # 20 images
+    one = float(rows(tmp_path / "one" / "test.csv")[-1]["accuracy"])
+    two = float(rows(tmp_path / "two" / "test.csv")[-1]["accuracy"])
+    assert two > 60 and two == pytest.approx(one, abs=10)  # 20 images
 
 
-def test_losses_are_those_of_one_process(small_mnist, monkeypatch, tmp_path):
-    """Where no layer looks at a batch as a whole; shares of 3 and 2 images."""
-    script = tmp_path / "script.py"
-    script.write_text(WITHOUT_BATCH_STATISTICS)
-    flags = ("--batch-size", 5, "--epochs", 1, "--lr", 0.01, "--momentum", 0.5)
-    paths = {"data_dir": small_mnist}
-    process = launch(script, *flags, log_dir=tmp_path / "two", **paths)
-    with monkeypatch.context() as patch:
-        train = main.nn.Module.train
-        patch.setattr(main.LeNet, "train", lambda self, mode=True: train(self, False))
-        alone(patch, *flags, log_dir=tmp_path / "one", **paths)
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    one, two = (
-        np.array([float(row["loss"]) for row in rows(tmp_path / name / "train.csv")])
-        for name in ("one", "two")
-    )
-    assert len(one) == len(two) == 120
-    assert one[:20].mean() > 1.3 * one[-20:].mean()  # it learns
+def without_batch_statistics():
+    """Has LeNet normalise by the running statistics, in training, too."""
+
+    def train(self, mode=True):
+        return nn.Module.train(self, False)
+
+    main.LeNet.train = train
+
+
+def test_losses_are_those_of_one_process(start_two, go, small_mnist, tmp_path):
+    """Where no layer looks at a batch as a whole; shares of 3 images."""
+    flags = ("--data-dir", small_mnist, "--batch-size", 6, "--epochs", 1)
+    flags += ("--lr", 0.01, "--momentum", 0.5, "--log-dir")
+    prepare = without_batch_statistics
+    end_well(*start_two(*flags, tmp_path / "two", prepare=prepare))
+    assert go(*flags, tmp_path / "one", prepare=prepare).returncode == 0
+    one = [float(row["loss"]) for row in rows(tmp_path / "one" / "train.csv")]
+    two = [float(row["loss"]) for row in rows(tmp_path / "two" / "train.csv")]
+    assert len(one) == len(two) == 100
+    assert np.mean(one[:20]) > 1.3 * np.mean(one[-20:])  # it learns
     # 6e-7 was seen; at a higher --lr, rounding grows until nothing is alike.
     np.testing.assert_allclose(two, one, rtol=1e-5)
 
 
-def test_killed_worker_ends_all_and_one_process_resumes(small_mnist, tmp_path):
-    flags = ("--batch-size", 50, "--epochs", 16)
-    paths = {"log_dir": tmp_path / "logs", "data_dir": small_mnist}
-    process, table = (
-        launch(HOME / "main.py", *flags, **paths),
-        tmp_path / "logs/test.csv",
+def test_each_process_has_its_own_dropout(start_two, small_mnist, tmp_path):
+    flags = ("--data-dir", small_mnist, "--log-dir", tmp_path, "--batch-size", 200)
+    processes = start_two(*flags, "--epochs", 2, prepare=print_seeds)
+    outputs = [end(process).stdout for process in processes]
+    seeds = re.findall(r"seed (\d+)", "".join(outputs))
+    assert len(seeds) == len(set(seeds)) == 4
+
+
+def fail_to_download():
+    """Has the download fail at once, without the import of torchvision."""
+
+    def download_mnist(raw, missing):
+        raise OSError("no network")
+
+    main.download_mnist = download_mnist
+
+
+def test_one_warning_without_network(start_two, tmp_path):
+    flags = ("--data-dir", tmp_path / "data", "--log-dir", tmp_path / "logs")
+    first, second = start_two(
+        *flags, "--batch-size", 2000, "--epochs", 1, prepare=fail_to_download
     )
-    while not table.exists() or table.read_text().count("\n") < 3:
-        assert process.poll() is None
-        time.sleep(0.01)
-    folders = Path("/proc").glob("[0-9]*/stat")
-    parents = {
-        int(f.parent.name): f.read_text().rsplit(")")[1].split() for f in folders
-    }
-    workers = [pid for pid, fields in parents.items() if int(fields[1]) == process.pid]
-    is_last = {
-        pid: b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
-        for pid in workers
-    }
-    (last,) = (pid for pid in workers if is_last[pid])
-    os.kill(last, signal.SIGKILL)
-    process.communicate(timeout=60)  # the end of its pipes is the end of all
-    assert process.returncode != 0
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert end(first).stderr.count("TRAINING ON MNIST-5K INSTEAD") == 1
+    assert (end(second).returncode, end(second).stderr) == (0, "")
+
+
+# How they end
+
+
+def test_the_second_waits_for_the_record_of_the_first(start_two, small_mnist, tmp_path):
+    flags = ("--data-dir", small_mnist, "--log-dir", tmp_path, "--batch-size", 200)
+    stop = partial(act_before, tmp_path, "epoch-01.pkl", signal.SIGSTOP)
+    first, second = start_two(*flags, "--epochs", 1, prepare_first=stop)
+    wait_for(lambda: is_stopped(first))
+    time.sleep(1)  # in which a process that does not wait would leave
+    assert second.is_alive()
+    os.kill(first.pid, signal.SIGCONT)
+    end_well(first, second)
+    assert_whole(tmp_path, 1, 3)
+
+
+def test_the_second_can_be_ended_while_it_waits(start_two, small_mnist, tmp_path):
+    """It has no handler: inside PyTorch's waiting, none would run."""
+    flags = ("--data-dir", small_mnist, "--log-dir", tmp_path)
+    stop = partial(act_before, tmp_path, "train.csv", signal.SIGSTOP)
+    first, second = start_two(*flags, prepare_first=stop)
+    wait_for(lambda: is_stopped(first))
+    second.terminate()
+    assert end(second).returncode == -signal.SIGTERM
+    first.kill()
+
+
+def test_a_killed_process_ends_the_other_and_one_resumes(
+    start_two, go, small_mnist, tmp_path
+):
+    flags = ("--data-dir", small_mnist, "--log-dir", tmp_path, "--batch-size", 50)
+    flags += ("--epochs", 16)
+    first, second = start_two(*flags)
+    table = tmp_path / "test.csv"
+    wait_for(lambda: table.exists() and len(rows(table)) >= 2)
+    second.kill()
+    line = one_line(end(first), 1)
+    assert "another process has stopped" in line
     assert len(rows(table)) < 16
-    paths = ("--data-dir", small_mnist, "--log-dir", tmp_path / "logs")
-    finished = run("main.py", *flags, *paths, "--resume")
+    finished = go(*flags, "--resume")
     assert finished.returncode == 0, finished.stderr
     assert "[Epoch  1]" not in finished.stdout
-    assert_whole(tmp_path / "logs", 16, 12)
+    assert_whole(tmp_path, 16, 12)
 
 
-def test_batch_too_small_for_two_processes(small_mnist, tmp_path):
-    paths = {"log_dir": tmp_path / "logs", "data_dir": small_mnist}
-    process = launch(HOME / "main.py", "--batch-size", 3, **paths)
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode != 0
-    lines = [line for line in errors.splitlines() if "main.py: error: " in line]
-    assert len(set(lines)) == 1 and "--batch-size" in lines[0], errors
-    assert 'main.py", line' not in errors  # no traceback but torchrun's own
+def test_batch_too_small_for_two_processes(start_two, small_mnist, tmp_path):
+    flags = ("--data-dir", small_mnist, "--log-dir", tmp_path / "logs")
+    first, second = start_two(*flags, "--batch-size", 3)
+    line = one_line(end(first), 1)
+    assert "--batch-size: must be 4 or more" in line
+    second.kill()
     assert not (tmp_path / "logs").exists()
+
+
+def test_torchrun_ends_when_the_first_process_cannot_go_on(go, small_mnist, tmp_path):
+    """The second one waits for it, and would be killed only after 30 seconds."""
+    flags = ("--data-dir", small_mnist, "--log-dir", tmp_path, "--batch-size", 200)
+    assert go(*flags, "--epochs", 1).returncode == 0
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [HOME / "main.py", *flags, "--epochs", 1, "--resume", "--lr", 0.3]
+    finished = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=os.environ | OFFLINE,
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=240,
+    )
+    assert finished.returncode == 1
+    lines = re.findall(r"^main\.py: error: .*", finished.stderr, re.MULTILINE)
+    reasons = [line for line in lines if "another process has stopped" not in line]
+    assert len(reasons) == 1 and "--lr 0.1" in reasons[0]
+    assert "forcefully exiting" not in finished.stderr  # torchrun's words for kill -9
+    assert 'main.py", line' not in finished.stderr  # no traceback but torchrun's own
+    assert finished.stdout == ""

@@ -9,14 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import HOME
+from conftest import HOME, rows, wait_for
 
-TINY = (
-    "--dataset",
-    "mnist",
-    "--batch-size",
-    "64",
-)  # and small_mnist: ten steps an epoch
+# With small_mnist these are ten steps an epoch.
+TINY = ("--dataset", "mnist", "--batch-size", "64")
 
 
 @pytest.fixture
@@ -36,8 +32,8 @@ def start(project):
     def start(*arguments, path=Path(sys.executable).parent, cwd="/", **settings):
         names = ("GPUID", "LOGDIR", "DATADIR", "PYTHON")
         env = {k: v for k, v in os.environ.items() if k not in names}
-        env |= {k: str(v) for k, v in settings.items()}
         env["PATH"] = f"{path}{os.pathsep}{env['PATH']}"
+        env |= {k: str(v) for k, v in settings.items()}
         command = [project / "run.sh", *arguments]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = subprocess.Popen(
@@ -74,18 +70,15 @@ def finish(process, status=0):
     assert (process.returncode, *output) == (status, "", "")
 
 
-def wait_for(text, log, process):
+def wait_for_line(text, log, process):
     """Waits until the text is in the log of a run that goes on."""
-    deadline = time.monotonic() + 60
-    while not (log.exists() and text in log.read_text()):
+
+    def is_there():
         content = log.read_text() if log.exists() else "no log"
         assert process.poll() is None, content
-        assert time.monotonic() < deadline, content
-        time.sleep(0.05)
+        return text in content
 
-
-def rows(path):
-    return [line.split(",") for line in path.read_text().splitlines()[1:]]
+    wait_for(is_there)
 
 
 def test_from_another_folder(project, start, small_mnist, tmp_path):
@@ -107,18 +100,18 @@ def test_hangup_and_kill(start, small_mnist, tmp_path, gpus):
     settings = {"GPUID": gpus, "DATADIR": small_mnist, "LOGDIR": tmp_path / "my logs"}
     log = settings["LOGDIR"] / "log.out"
     process = start(*TINY, "--epochs", "5000", **settings)
-    wait_for("[Epoch  1]", log, process)
-    # As with tail -f: the lines come while it runs, which wait_for asserts.
+    wait_for_line("[Epoch  1]", log, process)
+    # As with tail -f: the lines come while it runs, which wait_for_line asserts.
     os.killpg(process.pid, signal.SIGHUP)
     time.sleep(1)
     seen = log.read_text().count("[Epoch")
-    wait_for(f"[Epoch {seen + 1:2}]", log, process)
+    wait_for_line(f"[Epoch {seen + 1:2}]", log, process)
     process.terminate()
     process.wait(20)
     # torchrun, which ends its workers, has a status of its own
     assert process.returncode == (143 if gpus == "-1" else 1)
     content = log.read_text()
-    assert "interrupted in epoch" in content and "--resume" in content
+    assert "main.py: interrupted; " in content and "--resume" in content
     command = ["ps", "-eo", "args"]
     left = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert str(settings["LOGDIR"]) not in left
@@ -131,7 +124,7 @@ def test_two_processes_complete(start, small_mnist, tmp_path):
     for line in ("Training LeNet on MNIST", "[Epoch  1] Average"):
         assert content.count(line) == 1, content
     train = rows(tmp_path / "logs" / "train.csv")
-    assert [int(row[0]) for row in train] == list(range(1, 11))
+    assert [int(row["step"]) for row in train] == list(range(1, 11))
     assert len(rows(tmp_path / "logs" / "test.csv")) == 1
     params = sorted(path.name for path in (tmp_path / "logs" / "params").iterdir())
     assert params == ["epoch-00.pkl", "epoch-01.pkl"]
@@ -140,8 +133,13 @@ def test_two_processes_complete(start, small_mnist, tmp_path):
 
 @pytest.mark.parametrize(
     "settings, gpus, processes",
-    [({}, "0", 1), ({"GPUID": "3"}, "3", 1), ({"GPUID": ""}, "", 1)]
-    + [({"GPUID": "0,1"}, "0,1", 2), ({"GPUID": "1,2,5"}, "1,2,5", 3)],
+    [
+        ({}, "0", 1),
+        ({"GPUID": "3"}, "3", 1),
+        ({"GPUID": ""}, "", 1),
+        ({"GPUID": "0,1"}, "0,1", 2),
+        ({"GPUID": "1,2,5"}, "1,2,5", 3),
+    ],
 )
 def test_gpus(project, start, stand_in, settings, gpus, processes):
     finish(start("--lr", "two words", path=stand_in, **settings))
@@ -160,7 +158,49 @@ def test_earlier_logs_are_kept(project, start, stand_in):
         finish(start("--seed", seed, path=stand_in))
     logs = [project / "logs" / name for name in ("log-1.out", "log-2.out", "log.out")]
     assert [log.read_text().splitlines()[-1] for log in logs] == ["1", "2", "3"]
-    assert sorted((project / "logs").iterdir()) == logs
+    assert sorted((project / "logs").glob("[!.]*")) == logs
+
+
+@pytest.fixture
+def waiting(tmp_path):
+    """A folder with a `python` that trains until it is killed."""
+    folder = tmp_path / "waiting"
+    folder.mkdir()
+    python = folder / "python"
+    python.write_text("#!/bin/sh\necho training\nexec sleep 1000\n")
+    python.chmod(0o755)
+    return folder
+
+
+def test_a_second_run_leaves_the_log_of_the_first_alone(
+    project, start, stand_in, waiting, tmp_path
+):
+    log = project / "logs" / "log.out"
+    first = start(path=waiting)
+    wait_for_line("training", log, first)
+    second = start(path=stand_in)
+    output, errors = second.communicate(timeout=20)
+    assert second.returncode == 1 and output == ""
+    (line,) = errors.splitlines()
+    assert line.startswith("run.sh: another run is using LOGDIR=./logs")
+    assert [path.name for path in log.parent.glob("*.out")] == ["log.out"]
+    assert log.read_text() == "training\n"
+    finish(start(path=stand_in, LOGDIR=tmp_path / "other"))
+    first.kill()  # After which nothing holds the lock.
+    first.wait()
+    finish(start(path=stand_in))
+    assert (log.parent / "log-1.out").read_text() == "training\n"
+
+
+def test_where_there_is_no_flock(project, start, stand_in, tmp_path):
+    """As on macOS: it goes on."""
+    programs = ("bash", "sh", "dirname", "readlink", "mkdir", "mv")
+    for name in programs:
+        (stand_in / name).symlink_to(shutil.which(name))
+    for _ in range(2):
+        finish(start(PATH=stand_in))
+    logs = sorted(path.name for path in (project / "logs").glob("*.out"))
+    assert logs == ["log-1.out", "log.out"]
 
 
 def test_errors_are_in_the_log(project, start):
