@@ -8,7 +8,8 @@
 The file reads from top to bottom, in four parts:
 
 1. The guide's program, in its order and under its names.
-2. The same, but faster: layers and steps that compute the same values in less time.
+2. The same, but faster: layers and steps of the same mathematics, equal but for rounding
+   and for the random numbers of dropout; several GPUs.
 3. The record of a run: the files in its log dir, and how a stopped run goes on.
 4. main: a run from the data to the last epoch, and what happens if it cannot go on.
 
@@ -46,9 +47,9 @@ from typing import NamedTuple
 if __name__ == "__main__":
     # While PyTorch is being loaded, Ctrl-C ends the program without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # The threads of PyTorch wait for one another in a loop, so that two runs at once keep
-    # each other off the cores. A thousand turns, then sleep: a run alone takes the same
-    # time, and two at once half of it. GNU OpenMP reads this when PyTorch is loaded.
+    # PyTorch's threads (GNU OpenMP) spin while they wait, and keep a second run off the
+    # cores. Now they sleep after 1000 turns: two runs at once take half the time, a single
+    # run the same. PyTorch must be loaded after this; what the user has set stands.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -112,7 +113,7 @@ def make_parser():
     )
     parser.add_argument(
         "--data-dir",
-        "--data",
+        "--data",  # as in the guide's run.sh
         default="./data",
         metavar="DIR",
         help="folder that holds MNIST/raw/; what is missing there is downloaded",
@@ -134,7 +135,7 @@ def make_parser():
         type=int,
         default=1,
         metavar="N",
-        help="the same seed and flags on the same machine give the same bits",
+        help="where random numbers start: the same seed and flags, the same bits",
     )
     parser.add_argument(
         "--log-dir",
@@ -150,7 +151,8 @@ def make_parser():
     parser.add_argument(
         "--no-graph",
         action="store_true",
-        help="on CUDA, run every step by itself instead of replaying it as one graph",
+        help="on CUDA, run every step by itself instead of replaying it as one graph, "
+        "as several processes always do",
     )
     return parser
 
@@ -169,7 +171,7 @@ def parse_arguments(argv=None):
         parser.error("argument --dropout: must be 0 or more, and below 1")
     if not 0 <= args.momentum < 1:
         parser.error("argument --momentum: must be 0 or more, and below 1")
-    if not 0 <= args.seed < 2**64:
+    if not 0 <= args.seed < 2**64:  # what torch.manual_seed takes
         parser.error("argument --seed: must be 0 or more, and below 2**64")
     return args
 
@@ -202,16 +204,17 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(name, data_dir):
-    """Returns the Dataset auto, mnist or mnist-5k; RunError if it cannot be had."""
+    """Returns the Dataset auto, mnist or mnist-5k. Raises RunError if it is not there."""
     if find_dataset(name, data_dir) == "mnist-5k":
         return read_mnist_5k()
     return read_mnist(Path(data_dir, "MNIST", "raw"))
 
 
 def find_dataset(name, data_dir):
-    """Returns mnist or mnist-5k, as `name` asks for; MNIST is downloaded if missing.
+    """Returns the dataset that `name` stands for; downloads what is missing of MNIST.
 
-    Raises RunError if that fails and `name` is mnist, or some files of it are there.
+    If that fails, `auto` stands for mnist-5k where not one of MNIST's files is there. In
+    all other cases, RunError is raised.
     """
     if name == "mnist-5k":
         return name
@@ -239,15 +242,15 @@ def find_dataset(name, data_dir):
 
 
 def one_line(error):
-    """The text of an error, whose lines are joined."""
+    """The text of an error on one line."""
     return " ".join(str(error).split())
 
 
 def download_mnist(raw, missing):
     """Puts the missing files of MNIST into the folder `raw`, each whole or not at all.
 
-    What torchvision downloads goes to a temporary folder first. So a download that
-    fails leaves nothing behind.
+    They go to temporary folders first. So a download that fails leaves nothing behind,
+    and two at once do not disturb each other.
     """
     # Imported only here, since loading torchvision takes as long as loading PyTorch.
     from torchvision import datasets
@@ -258,25 +261,26 @@ def download_mnist(raw, missing):
         with tempfile.TemporaryDirectory() as folder:
             downloaded = Path(datasets.MNIST(folder, download=True).raw_folder)
             raw.mkdir(parents=True, exist_ok=True)
-            for file in missing:
-                part = raw / f"{file}.part"
-                shutil.copyfile(downloaded / file, part)
-                part.replace(raw / file)
+            # In this folder, since a file moves at once only within one disk.
+            with tempfile.TemporaryDirectory(dir=raw) as copies:
+                for file in missing:
+                    copy = shutil.copy(downloaded / file, copies)
+                    os.replace(copy, raw / file)
     finally:
         socket.setdefaulttimeout(timeout_before)
 
 
 def read_mnist(raw):
-    """Reads the Dataset mnist from the folder `raw`; RunError names a broken file."""
-    train_images, train_labels = read_part(raw, "train")
-    test_images, test_labels = read_part(raw, "t10k")
+    """Reads the Dataset mnist from the folder `raw`. RunError names a broken file."""
+    train_images, train_labels = read_split(raw, "train")
+    test_images, test_labels = read_split(raw, "t10k")
     return Dataset("mnist", train_images, train_labels, test_images, test_labels)
 
 
-def read_part(raw, part):
-    """Reads the images and labels of a part of MNIST: train, or t10k for testing."""
-    images_file = raw / f"{part}-images-idx3-ubyte"
-    labels_file = raw / f"{part}-labels-idx1-ubyte"
+def read_split(raw, split):
+    """Reads the images and labels for training (`train`) or for testing (`t10k`)."""
+    images_file = raw / f"{split}-images-idx3-ubyte"
+    labels_file = raw / f"{split}-labels-idx1-ubyte"
     pixels = read_idx(images_file, dimensions=3)
     labels = read_idx(labels_file, dimensions=1)
     way_out = "delete it to have it downloaded again"
@@ -291,7 +295,8 @@ def read_idx(path, dimensions):
     """Reads a file in MNIST's format [1]: uint8, of as many dimensions as given.
 
     Before the values come a magic number, which tells their type and the number of
-    dimensions, and the size of each dimension, as big-endian numbers of 32 bits.
+    dimensions, and the size of each dimension, as big-endian numbers of 32 bits. Raises
+    RunError if the file is not of this format, or not whole.
     """
     header = np.fromfile(path, dtype=">u4", count=1 + dimensions).tolist()
     values = np.fromfile(path, dtype=np.uint8)[4 * (1 + dimensions) :]
@@ -329,9 +334,10 @@ def normalise(pixels):
 class Loader:
     """Yields the batches (data, target) of one epoch, as PyTorch's DataLoader does.
 
-    All images and labels are on the device from the start: a batch is an indexing. With
-    a `seed` they are shuffled, anew in each `epoch`, which the caller sets. Of several
-    processes, each gets the share of every batch that belongs to its `rank`.
+    data is float32 n x 1 x 28 x 28, target int64 n, both on the device. All images and
+    labels are there from the start: to make a batch is to index them. With a `seed`
+    they are shuffled, anew in each `epoch`, which the caller sets. Of several processes,
+    each gets its share of every batch, by its `rank`.
     """
 
     def __init__(
@@ -343,8 +349,8 @@ class Loader:
         self.epoch = 0
         self.rank = rank
         self.world_size = world_size
-        # Where a new batch begins. Batch norm needs two images in each process, so that
-        # a last batch of fewer joins the one before it.
+        # Where a new batch begins. Batch norm needs two images in each process: a last
+        # batch that has fewer joins the one before it.
         self.cuts = list(range(batch_size, len(images), batch_size))
         if self.cuts and len(images) - self.cuts[-1] < 2 * world_size:
             self.cuts.pop()
@@ -367,9 +373,11 @@ class Loader:
 
 
 def derive_seed(seed, *stream):
-    """A seed for one of a run's streams of random numbers, named by some numbers.
+    """A seed for the random numbers of one `stream`: (epoch,) for the shuffling of an
+    epoch, (epoch, rank) for the dropout of a process in it.
 
-    Every epoch has its own, so that a resumed run needs no state of a generator.
+    Since each epoch starts from seeds of its own, the checkpoint after it need not store
+    the state of any generator.
     """
     sequence = np.random.SeedSequence(seed, spawn_key=stream)
     return int(sequence.generate_state(1, dtype=np.uint64)[0])
@@ -471,9 +479,9 @@ def train_step(model, loss_function, optimizer, data, target):
 
 
 def train(
-    epoch, model, loss_function, optimizer, train_loader, record, step=train_step
+    epoch, model, loss_function, optimizer, train_loader, record, take_step=train_step
 ):
-    """Trains for an epoch, each batch by `step`: train_step, or what is equal to it.
+    """Trains for an epoch, on each batch by `take_step`, as train_step or GraphedStep do.
 
     Raises RunError if a loss is not finite.
     """
@@ -481,9 +489,9 @@ def train(
     losses = []
     # Of several processes the first one alone shows progress; None: on terminals only.
     disable = None if rank() == 0 else True
-    progress = tqdm(train_loader, desc=f"Epoch {epoch}", leave=False, disable=disable)
-    for batch_ix, (data, target) in enumerate(progress):
-        loss = step(model, loss_function, optimizer, data, target)
+    bar = tqdm(train_loader, desc=f"Epoch {epoch}", leave=False, disable=disable)
+    for batch_ix, (data, target) in enumerate(bar):
+        loss = take_step(model, loss_function, optimizer, data, target)
         losses.append(loss)
         # A GPU works on while the next steps are prepared. To read a loss is to wait
         # for it, so that the losses are read every 100 batches, all at once.
@@ -493,7 +501,10 @@ def train(
 
 
 def report(epoch, batch_ix, losses, record):
-    """Records the losses of the batches up to batch_ix, and prints every 100th."""
+    """Records the losses of the batches up to batch_ix, and prints every 100th.
+
+    All processes take part in the average, but the first one alone keeps the record.
+    """
     values = average(torch.stack(losses)).tolist()
     if rank() > 0:
         return
@@ -520,7 +531,7 @@ def test(epoch, model, loss_function, test_loader):
         output = model(data)
         loss = loss_function(output, target)
         top1.add(output, target)
-        # The meter wants the sum over the batch, which may be shorter than the others.
+        # The meter divides by the number of images itself: it wants the batch's sum.
         test_loss.add(loss.item() * len(data), len(data))
     mean_loss = test_loss.value()[0]
     accuracy = top1.value()[0]
@@ -535,6 +546,9 @@ def test(epoch, model, loss_function, test_loader):
 
 # ---------------------------------------------------------------------------------------
 # 2. The same, but faster
+#
+# What each part takes off the time of a training step was measured on two cores of an AMD
+# EPYC. Nothing here has been measured on a GPU.
 # ---------------------------------------------------------------------------------------
 
 
@@ -551,7 +565,7 @@ def prepare(model, device):
         if type(layer) is nn.Dropout:
             model.m[index] = FasterDropout(layer.p)
     # In this format the channels of a pixel lie side by side in memory. A CPU convolves
-    # faster so, and the values of a channel are the column of a matrix.
+    # faster so, and each channel is the column of a matrix (ChannelMoments).
     return model.to(memory_format=torch.channels_last)
 
 
@@ -560,16 +574,22 @@ def is_convbn(layer):
     if not isinstance(layer, nn.Sequential):
         return False
     types = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Dropout]
-    return [type(part) for part in layer] == types and layer[0].bias is not None
+    if [type(module) for module in layer] != types:
+        return False
+    convolution = layer[0]
+    norm = layer[1]
+    usual_norm = norm.affine and norm.track_running_stats and norm.momentum is not None
+    return convolution.bias is not None and usual_norm
 
 
 class FasterConvBN(nn.Sequential):
     """The layers of a convbn in another order, for a CPU: a step takes a third less time.
 
     Pooling goes before normalisation and ReLU, which then have a ninth or a quarter of
-    the values to do. That changes nothing, since both keep the order of values, unless
-    a channel is normalised with a negative scale. The statistics are those of all
-    values, as ever.
+    the values to do. The result is the same, since both keep the order of values. Only
+    where a channel is normalised with a negative scale they do not, and pooling comes
+    after. The statistics are those of all values, as ever. The layers keep their places
+    in the Sequential, and with them the names under which their state is stored.
     """
 
     def __init__(self, convolution, norm, relu, pool, dropout):
@@ -608,25 +628,27 @@ def convolve_for_training(x, convolution, norm):
         norm.running_mean.lerp_(mean, norm.momentum)
         norm.running_var.lerp_(unbiased, norm.momentum)
         norm.num_batches_tracked += 1
-    # 0 times the bias gives it the gradient 0. Otherwise it would have none, which the
-    # average over processes and the checkpoint do not expect.
+    # 0 times the bias gives it the gradient 0. With none at all, average_gradients would
+    # stop, and the bias would have no momentum in the checkpoint.
     return x, mean + 0 * bias, variance
 
 
 class ChannelMoments(torch.autograd.Function):
     """Mean and variance of each column of a matrix: n x c gives c and c.
 
-    The variance is the mean of the squares, as batch norm [4] divides by it: by n, not
-    n - 1. Left to autograd, the gradient takes six passes over the matrix. Written
-    down it is one, since with d mean / dx = 1 / n and d variance / dx = 2 (x - mean) / n
-    the gradient is a straight line in x. That takes a fifth off a step's time.
+    The variance is divided by n, not by n - 1, as in batch norm [4]. With
+
+        d mean / dx = 1 / n    and    d variance / dx = 2 (x - mean) / n
+
+    the gradient of x is slope * x + offset in each column: one pass over the matrix,
+    where autograd makes six. A step takes a fifth less time.
     """
 
     @staticmethod
     def forward(ctx, values):
         count, channels = values.shape
-        # A row of 16 pixels is long enough for the vector instructions of any CPU: a sum
-        # over such rows takes a seventh of the time.
+        # Rows of 16 pixels fill the vector registers of a CPU: their sum takes a seventh of
+        # the time. The layers of LeNet give 576 and 16 pixels an image: always so many.
         group = 16 if count % 16 == 0 else 1
         rows = values.view(count // group, group * channels)
         mean = rows.mean(0).view(group, channels).mean(0)
@@ -650,56 +672,61 @@ class ChannelMoments(torch.autograd.Function):
 class FasterDropout(nn.Dropout):
     """Dropout [3] for a CPU, which draws 64 random bits at a time, for four values.
 
-    A value is dropped if its 16 bits, taken as a whole number, are among the lowest of
-    the 65,536 that there are. For that, p is rounded to a multiple of 1 / 65,536.
-    PyTorch's dropout draws a number for each value: a step takes a fifth less time.
+    A value is dropped if its 16 bits, read as a number, are among the lowest p * 65,536
+    of all, rounded to a whole number. PyTorch's dropout draws a number for each value: a
+    step takes a fifth less time.
     """
 
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        numbers = 2**16
-        lowest = -(2**15)  # The numbers have a sign.
-        dropped = min(round(self.p * numbers), numbers - 1)
+        levels = 2**16
+        dropped_levels = min(round(self.p * levels), levels - 1)
+        first_kept = dropped_levels - 2**15  # since the numbers have a sign
         bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
         bits.random_(-(2**63), None)  # all of the 64 bits
-        kept = bits.view(torch.int16)[: x.numel()] >= lowest + dropped
-        mask = kept.to(x.dtype) * (numbers / (numbers - dropped))
-        return x * mask.as_strided(x.shape, x.stride())  # in the order of x in memory
+        kept = bits.view(torch.int16)[: x.numel()] >= first_kept
+        mask = kept.to(x.dtype) * (levels / (levels - dropped_levels))
+        # In the order that x has in memory, in which the product takes least time.
+        return x * mask.as_strided(x.shape, torch.empty_like(x).stride())
 
 
 class GraphedStep:
-    """train_step on CUDA, recorded as one graph, which is replayed for full batches.
+    """train_step on CUDA, captured as one graph, which is replayed for full batches.
 
-    A step is some 60 to 80 small kernels, which Python needs longer to launch, one by
-    one, than the GPU to run. A replay launches them all at once. Before it is recorded,
-    the step must have run a few times, on a stream of its own (PyTorch's notes on CUDA
+    A step is many small kernels, which Python needs longer to launch, one by one, than
+    the GPU to run. A replay launches them all at once. Before the capture, the step must
+    run a few times on another stream than the usual one (PyTorch's notes on CUDA
     semantics, "CUDA Graphs"). Batches of another size, as the last one of an epoch, run
     by themselves.
     """
 
-    STEPS_BEFORE_RECORDING = 3  # as in the notes
+    WARM_UP_STEPS = 3  # as in the notes
 
     def __init__(self, batch_size):
         self.batch_size = batch_size
-        self.steps_before_recording = 0
+        self.warm_up_steps_done = 0
         self.graph = None
+        # What the graph reads and writes, at the same place in memory in every replay.
+        self.data = None
+        self.target = None
+        self.loss = None
 
     def __call__(self, model, loss_function, optimizer, data, target):
         training = (model, loss_function, optimizer)
         if len(data) != self.batch_size:
             return train_step(*training, data, target)
-        if self.steps_before_recording < self.STEPS_BEFORE_RECORDING:
-            self.steps_before_recording += 1
-            return self.step_on_a_stream_of_its_own(*training, data, target)
+        if self.warm_up_steps_done < self.WARM_UP_STEPS:
+            self.warm_up_steps_done += 1
+            return self.warm_up_step(*training, data, target)
         if self.graph is None:
-            self.record(*training, data, target)
+            self.capture(*training, data, target)
         self.data.copy_(data)
         self.target.copy_(target)
         self.graph.replay()
         return self.loss.clone()  # The next replay overwrites it.
 
-    def step_on_a_stream_of_its_own(self, *arguments):
+    def warm_up_step(self, *arguments):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -707,8 +734,8 @@ class GraphedStep:
         torch.cuda.current_stream().wait_stream(stream)
         return loss
 
-    def record(self, model, loss_function, optimizer, data, target):
-        """Records a step on self.data and self.target, without running it yet."""
+    def capture(self, model, loss_function, optimizer, data, target):
+        """Captures a step on self.data and self.target, without running it yet."""
         self.data = data.clone()
         self.target = target.clone()
         self.graph = torch.cuda.CUDAGraph()
@@ -717,16 +744,21 @@ class GraphedStep:
                 self.loss = train_step(
                     model, loss_function, optimizer, self.data, self.target
                 )
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RunError(
-                "the training step cannot be recorded as a CUDA graph"
+                "the training step cannot be captured as a CUDA graph"
                 f" ({one_line(error)}): give --no-graph"
             ) from error
 
 
 def select_device():
-    """The GPU of this process, else the CPU. RunError: there are too few GPUs."""
-    # The same kernels in every run, and none that rounds to the ten bits of TF32.
+    """Sets PyTorch up, and returns the GPU of this process or, without any, the CPU.
+
+    Raises RunError if there are fewer GPUs than processes.
+    """
+    # Only kernels that add in a fixed order, and none that rounds to the ten bits of TF32.
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -743,14 +775,14 @@ def select_device():
 def keep_freed_memory():
     """Has glibc keep the memory that a step frees, for the next step.
 
-    Otherwise it goes back to Linux, which clears it before it hands it out again. That
-    takes a quarter off the time of an epoch.
+    Otherwise it goes back to Linux, which clears it before it hands it out again: an
+    epoch would take a third longer.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # as in glibc, but not on macOS
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)  # bytes: more than a step frees
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes: the most that glibc takes
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes: the largest that glibc allows
 
 
 # Several processes, one for each GPU, as torchrun starts them. Each of them runs the whole
@@ -768,11 +800,16 @@ def world_size():
 
 
 def join_processes(batch_size):
-    """Waits for the other processes, if any. RunError: the batch is too small for all."""
+    """Joins the other processes, if there are any, so that they can share values.
+
+    Raises RunError if a batch is too small for all of them.
+    """
     if world_size() == 1:
         return
     least = 2 * world_size()
-    if rank() == 0 and batch_size < least:
+    if (
+        rank() == 0 and batch_size < least
+    ):  # One line is enough: it ends the others, too.
         raise RunError(
             f"argument --batch-size: must be {least} or more, for batch norm in"
             f" {world_size()} processes"
@@ -790,11 +827,13 @@ def leave_processes():
 
 @contextmanager
 def lost_process():
-    """Makes one line of PyTorch's error when another process has gone."""
+    """Turns PyTorch's error into a RunError when another process has gone."""
     try:
         yield
     except RuntimeError as error:
-        raise RunError("another process has stopped, and with it the run") from error
+        raise RunError(
+            f"another process has stopped, and with it the run ({one_line(error)})"
+        ) from error
 
 
 def broadcast(value):
@@ -819,15 +858,16 @@ def average(tensor):
 def average_gradients(optimizer, *_):
     """Averages the gradients over all processes; called before the optimizer's step.
 
-    They go as one vector. DistributedDataParallel would send some of them during the
+    As in DistributedDataParallel, all processes count alike, though their shares of a
+    batch may differ by an image. The gradients go as one vector. DistributedDataParallel would send some of them during the
     backward pass already, but it changes their order, and with it the rounding of sums,
     after its first step: a resumed run would not end in the same bits.
     """
     gradients = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
     vector = average(torch.cat([gradient.flatten() for gradient in gradients]))
     parts = vector.split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view(gradient.shape))
+    for gradient, averaged in zip(gradients, parts, strict=True):
+        gradient.copy_(averaged.view(gradient.shape))
 
 
 # ---------------------------------------------------------------------------------------
@@ -836,13 +876,14 @@ def average_gradients(optimizer, *_):
 
 
 class Record:
-    """The files of a run, whose names and forms only this class knows. In the log dir:
+    """Writes the files of a run, and reads them when it is resumed. In the log dir:
 
     train.csv              a row for each step of the optimizer; the step counts from 1
     test.csv               a row for each epoch, with the accuracy in percent
-    params/epoch-NN.pkl    the parameters after epoch NN, or before training (00): a
-                           pickled dict from the model's names to float32 numpy arrays
+    params/epoch-NN.pkl    the model's state after epoch NN, or before training (00): a
+                           pickled dict from its names to float32 numpy arrays
     checkpoint.pt          all that it takes to resume the run
+    run-N/                 the same of an earlier run
     .lock                  locked as long as a run uses the log dir
 
     After each epoch the checkpoint is replaced by the next. A run that is stopped in
@@ -860,16 +901,21 @@ class Record:
         self.params = self.log_dir / "params"
         self.checkpoint = self.log_dir / "checkpoint.pt"
         self.lock = filelock.FileLock(self.log_dir / ".lock")
-        self.epoch = 0
-        self.step = 0
+        self.settings = None  # of the flags, given to `open`
         self.saved_epochs = None  # not even the initial parameters yet
+        # Of the last row of train.csv, or of the next one's epoch.
+        self.epoch = 0
+        self.lr = None
+        self.batch = 0
+        self.step = 0
 
     def open(self, settings, resume, model, optimizer):
         """Opens the record for the run, and returns the checkpoint it goes on from.
 
-        A new record begins with a checkpoint of the model and the optimizer as they are
-        now, an earlier one being moved aside. With `resume` the one that is there goes
-        on. Raises RunError if it cannot, or if another run is using the log dir.
+        With `resume` this is the one that is there. Otherwise an earlier record is moved
+        aside, and a new one begins with a checkpoint of the model and the optimizer as
+        they are now, from which the run goes on as if it were resumed. Raises RunError if
+        a run cannot go on, or if another one is using the log dir.
         """
         self.settings = settings
         with disk_errors(self.log_dir):
@@ -882,8 +928,9 @@ class Record:
                 self.save(model, optimizer)
             checkpoint = self.read_checkpoint()
             self.cut_tables(checkpoint["step"], checkpoint["epoch"])
+        self.epoch = checkpoint["epoch"]
         self.step = checkpoint["step"]
-        self.saved_epochs = checkpoint["epoch"]
+        self.saved_epochs = self.epoch
         return checkpoint
 
     def take_lock(self):
@@ -896,9 +943,13 @@ class Record:
             ) from error
 
     def move_aside(self):
-        """Moves an earlier record, and pictures of it, to the first free run-N."""
-        names = [self.checkpoint, self.train_csv, self.test_csv, self.params]
-        earlier = [path for path in names if path.exists()]
+        """Moves an earlier record, and pictures of it, to the first free run-N.
+
+        A kill in the middle of this leaves the rest to be moved by the next run, to another
+        folder. The checkpoint goes first: without it, no run can take the rest for whole.
+        """
+        paths = [self.checkpoint, self.train_csv, self.test_csv, self.params]
+        earlier = [path for path in paths if path.exists()]
         if not earlier:
             return
         pictures = [*self.log_dir.glob("curves.png"), *self.log_dir.glob("gradients*")]
@@ -912,13 +963,16 @@ class Record:
         print(f"main.py: the earlier run was moved to {folder}", file=sys.stderr)
 
     def read_checkpoint(self):
-        """Returns the checkpoint. RunError: it is broken, or of a run under other flags."""
+        """Returns the checkpoint, a dict as `save` made it.
+
+        Raises RunError if it is broken, or of a run that was started with other flags.
+        """
         try:
             checkpoint = torch.load(
                 self.checkpoint, map_location="cpu", weights_only=True
             )
             self.check_settings(dict(checkpoint["settings"]))
-        except RunError:
+        except (RunError, OSError):
             raise
         except Exception as error:  # Foreign bytes can raise nearly anything.
             raise RunError(
@@ -994,17 +1048,13 @@ class Record:
         # If torch.save wrote to the file itself, it would not say that a disk is full.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        params_file = self.params / f"epoch-{self.epoch:02}.pkl"
-        temporary = self.log_dir / "checkpoint.tmp"
         with disk_errors(self.log_dir):
             self.params.mkdir(exist_ok=True)
-            params_file.write_bytes(pickle.dumps(arrays, protocol=4))
-            temporary.write_bytes(buffer.getvalue())
-            for path in (self.train_csv, self.test_csv, params_file, temporary):
-                flush_to_disk(path)
-            flush_to_disk(self.params)
-            temporary.replace(self.checkpoint)
-            flush_to_disk(self.log_dir)
+            params_file = self.params / f"epoch-{self.epoch:02}.pkl"
+            write_whole(params_file, pickle.dumps(arrays, protocol=4))
+            flush_to_disk(self.train_csv)
+            flush_to_disk(self.test_csv)
+            write_whole(self.checkpoint, buffer.getvalue())
         self.saved_epochs = self.epoch
 
     def close(self):
@@ -1012,15 +1062,38 @@ class Record:
         self.lock.release()
 
 
+def restore(checkpoint, model, optimizer):
+    """Puts a checkpoint's state into the model and the optimizer.
+
+    Raises RunError if the checkpoint is of a LeNet with other layers.
+    """
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise RunError(
+            "the checkpoint is of a LeNet with other layers: leave out --resume"
+        ) from error
+    # The optimizer's load_state_dict would replace the learning rate's tensor, which
+    # Schedule writes to. It would also take over the order of values in memory, which may
+    # be another one (channels_last) where the checkpoint comes from.
+    saved = checkpoint["optimizer"]["state"]
+    for index, parameter in enumerate(model.parameters()):
+        if index in saved:
+            momentum = torch.empty_like(parameter)
+            momentum.copy_(saved[index]["momentum_buffer"])
+            optimizer.state[parameter]["momentum_buffer"] = momentum
+
+
 @contextmanager
 def disk_errors(log_dir):
-    """Makes one line of what the disk refuses."""
+    """Turns an OSError into a RunError that names the file."""
     try:
         yield
     except OSError as error:
         place = error.filename or log_dir  # A full disk's error does not name a file.
         raise RunError(
-            f"{place}: {error.strerror}; --log-dir {log_dir} must be a folder with room"
+            f"{place}: {error.strerror}; --log-dir {log_dir} must be a folder with room,"
+            " which you may write to"
         ) from error
 
 
@@ -1035,13 +1108,25 @@ def exact(number):
 
 
 def length_of_rows(path, count):
-    """The bytes of a table's header and first rows. RunError: it has not so many."""
+    """The length in bytes of a table's header and its first `count` rows.
+
+    Raises RunError if the table is missing, or has fewer rows.
+    """
     if not path.exists():
         raise RunError(f"{path} is missing: bring it back, or leave out --resume")
     lines = path.read_bytes().splitlines(keepends=True)[: 1 + count]
     if len(lines) < 1 + count or not lines[-1].endswith(b"\n"):
         raise RunError(f"{path} has lost rows: bring them back, or leave out --resume")
     return sum(len(line) for line in lines)
+
+
+def write_whole(path, content):
+    """Writes a file so that, whatever happens, it is there whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(content)
+    flush_to_disk(temporary)
+    temporary.replace(path)
+    flush_to_disk(path.parent)
 
 
 def flush_to_disk(path):
@@ -1051,27 +1136,6 @@ def flush_to_disk(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def restore(checkpoint, model, optimizer):
-    """Puts a checkpoint's state into the model and the optimizer. RunError: of another.
-
-    The checkpoint may come from a CPU and go to CUDA, or the other way round, where the
-    values of a tensor lie in another order in memory. Copying puts them in order, which
-    the optimizer relies on.
-    """
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise RunError(
-            "the checkpoint is of a LeNet with other layers: leave out --resume"
-        ) from error
-    saved = checkpoint["optimizer"]["state"]
-    for index, parameter in enumerate(model.parameters()):
-        if index in saved:
-            momentum = torch.empty_like(parameter)
-            momentum.copy_(saved[index]["momentum_buffer"])
-            optimizer.state[parameter]["momentum_buffer"] = momentum
 
 
 # ---------------------------------------------------------------------------------------
@@ -1086,21 +1150,26 @@ def run(args, record):
     args.cuda = device.type == "cuda"
     join_processes(args.batch_size)
 
+    # The guide's data, model, loss function and optimizer.
     train_loader, test_loader = make_loaders(args, device)
     torch.manual_seed(args.seed)  # for the initial parameters
     model = prepare(LeNet(args.dropout), device)
     loss_function = nn.CrossEntropyLoss()
     lr = torch.tensor(args.lr, device=device)
     optimizer = optim.SGD(model.parameters(), lr, args.momentum, fused=True)
-    step = train_step
+
+    # How a step is taken.
+    take_step = train_step
     if world_size() > 1:
         optimizer.register_step_pre_hook(average_gradients)
     elif args.cuda and not args.no_graph:
-        step = GraphedStep(args.batch_size)
+        take_step = GraphedStep(args.batch_size)
 
+    # Where the run goes on from: a new one, too, from a checkpoint, its first.
     checkpoint = None
     if rank() == 0:
-        checkpoint = record.open(settings(args), args.resume, model, optimizer)
+        settings = settings_to_share(args)
+        checkpoint = record.open(settings, args.resume, model, optimizer)
         print_arguments(args)
     checkpoint = broadcast(checkpoint)
     restore(checkpoint, model, optimizer)
@@ -1111,7 +1180,7 @@ def run(args, record):
         train_loader.epoch = epoch
         torch.manual_seed(derive_seed(args.seed, epoch, rank()))  # for dropout
         record.begin_epoch(epoch, schedule.lr)
-        train(epoch, model, loss_function, optimizer, train_loader, record, step)
+        train(epoch, model, loss_function, optimizer, train_loader, record, take_step)
         if rank() == 0:
             test_loss, accuracy = test(epoch, model, loss_function, test_loader)
             record.add_test(test_loss, accuracy)
@@ -1143,10 +1212,10 @@ def make_loaders(args, device):
     return train_loader, test_loader
 
 
-def settings(args):
+def settings_to_share(args):
     """The values of the flags that a run and its continuation must share."""
     not_shared = {"data_dir", "log_dir", "resume", "no_graph", "cuda"}
-    return {k: v for k, v in vars(args).items() if k not in not_shared}
+    return {name: value for name, value in vars(args).items() if name not in not_shared}
 
 
 def print_arguments(args):
@@ -1164,20 +1233,21 @@ class Interrupted(SystemExit):
 
 
 def interrupt(number, frame):
-    """Handles a signal."""
+    """Ends the run after a signal, with the exit status that a shell would give it."""
     raise Interrupted(128 + number)
 
 
 def main(argv=None):
-    """Runs the program. Raises SystemExit if it cannot do as the flags say.
+    """Runs the program. Raises SystemExit if it cannot do as the flags say:
 
-    Its status is 2 for a flag that makes no sense, 130 and 143 after SIGINT and SIGTERM,
-    and for anything else that was to be expected a line of text, which Python prints,
-    before it exits with 1. Whatever was not to be expected keeps its traceback.
+    - 2 if a flag makes no sense;
+    - 130 or 143 after SIGINT or SIGTERM;
+    - a line of text, which Python prints before it exits with 1, if anything else fails
+      that can be expected to fail. A defect of the program keeps its traceback.
     """
     args = parse_arguments(argv)
     record = Record(args.log_dir)
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not where a test has replaced it
         sys.stdout.reconfigure(line_buffering=True)  # also into a file
     if rank() == 0:
         # The other processes need none: signals end them at once, even while they wait
@@ -1187,7 +1257,7 @@ def main(argv=None):
     try:
         run(args, record)
     except Interrupted:
-        line = "main.py: interrupted before anything was stored"
+        line = "main.py: interrupted; this run has stored nothing yet"
         if record.saved_epochs is not None:
             line = (
                 f"main.py: interrupted; {record.saved_epochs} of {args.epochs} epochs"
@@ -1206,11 +1276,11 @@ def main(argv=None):
 
 
 def name_file(error):
-    """The file that an OSError is about. An error that is about none goes on."""
+    """The file that an OSError is about. Standard output is closed if it is that."""
     if error.filename is not None:
         return error.filename
-    # Of all that the program writes to, standard output alone has no name: a pipe that
-    # its reader has closed, or a full disk.
+    # All other files that the program writes have a name: this is a pipe that its reader
+    # has closed, or a full disk.
     if error.errno not in (errno.EPIPE, errno.ENOSPC):
         raise error
     # Python writes what is left over when it exits. Now that goes nowhere, in silence.
