@@ -131,13 +131,23 @@ def test_gradients_of_a_faster_block(size, negative):
     assert torch.autograd.gradcheck(lambda x, *_: faster(x), (x, *parameters))
 
 
-def test_layers_that_were_edited_stay_as_they_are():
+@pytest.mark.parametrize(
+    "place, layer",
+    [
+        (0, nn.Conv2d(20, 50, 5, bias=False)),
+        (1, nn.BatchNorm2d(50, affine=False)),
+        (1, nn.BatchNorm2d(50, momentum=None)),
+        (2, nn.LeakyReLU()),
+        (3, nn.AvgPool2d(2)),
+    ],
+)
+def test_a_block_that_was_edited_stays_as_it_is(place, layer):
     model = main.LeNet()
-    model.m[0][2] = nn.LeakyReLU()
-    model.m[1][0] = nn.Conv2d(20, 50, 5, bias=False)
-    edited = [model.m[0], model.m[1]]
+    edited = model.m[1]
+    edited[place] = layer
     prepared = main.prepare(model, CPU)
-    assert list(prepared.m[:2]) == edited
+    assert prepared.m[1] is edited
+    assert prepared(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
 # Dropout

@@ -155,7 +155,9 @@ def test_one_warning_without_network(start_two, tmp_path):
     first, second = start_two(
         *flags, "--batch-size", 2000, "--epochs", 1, prepare=fail_to_download
     )
-    assert end(first).stderr.count("TRAINING ON MNIST-5K INSTEAD") == 1
+    finished = end(first)
+    assert finished.stderr.count("TRAINING ON MNIST-5K INSTEAD") == 1
+    assert "   dataset:  mnist-5k\n" in finished.stdout
     assert (end(second).returncode, end(second).stderr) == (0, "")
 
 
@@ -164,7 +166,7 @@ def test_one_warning_without_network(start_two, tmp_path):
 
 def test_the_second_waits_for_the_record_of_the_first(start_two, small_mnist, tmp_path):
     flags = ("--data-dir", small_mnist, "--log-dir", tmp_path, "--batch-size", 200)
-    stop = partial(act_before, tmp_path, "epoch-01.pkl", signal.SIGSTOP)
+    stop = partial(act_before, tmp_path, "epoch-01.tmp", signal.SIGSTOP)
     first, second = start_two(*flags, "--epochs", 1, prepare_first=stop)
     wait_for(lambda: is_stopped(first))
     time.sleep(1)  # in which a process that does not wait would leave

@@ -112,7 +112,7 @@ def copy(twin, tmp_path):
 def half(begin, twin, tmp_path_factory):
     """A log dir whose run was killed after the third epoch, before its checkpoint."""
     log_dir = tmp_path_factory.mktemp("half") / "logs"
-    assert end(begin(log_dir, before="epoch-03.pkl")).returncode == -signal.SIGKILL
+    assert end(begin(log_dir, before="epoch-03.tmp")).returncode == -signal.SIGKILL
     return log_dir
 
 
@@ -139,11 +139,12 @@ def test_tables_have_their_columns_and_all_rows(twin):
     lines = (twin / "test.csv").read_text().split("\n")
     assert lines[0] == "epoch,step,lr,loss,accuracy" and lines[-1] == ""
     assert len(lines) == EPOCHS + 2
-    for epoch, row in enumerate(rows(twin / "test.csv"), 1):
+    tests = rows(twin / "test.csv")
+    for epoch, row in enumerate(tests, 1):
         assert (int(row["epoch"]), int(row["step"])) == (epoch, epoch * 12)
         assert float(row["lr"]) == 0.1 and 0 < float(row["loss"]) < 10
         assert float(row["accuracy"]) * 2 == int(float(row["accuracy"]) * 2)  # of 200
-    assert 60 < float(row["accuracy"]) <= 100
+    assert 60 < float(tests[-1]["accuracy"]) <= 100
 
 
 def test_log_dir_holds_the_four_names_and_nothing_else(twin):
@@ -163,9 +164,10 @@ def test_parameters_are_float32_arrays_under_the_models_names(twin):
             assert array.shape == initial[name].shape
             if name.endswith("num_batches_tracked"):
                 assert array == epoch * 12
-            equal = np.array_equal(array, initial[name].numpy())
-            assert equal == (epoch == 0) or name == "m.0.0.bias" or name == "m.1.0.bias"
-    assert equal is False  # the last layer's bias, after training
+            if epoch > 0 and name in ("m.0.0.bias", "m.1.0.bias"):
+                continue  # Batch norm takes them away again: they need not change.
+            is_initial = np.array_equal(array, initial[name].numpy())
+            assert is_initial == (epoch == 0), name
 
 
 def test_checkpoint_is_read_without_running_code(twin):
@@ -177,11 +179,12 @@ def test_checkpoint_is_read_without_running_code(twin):
 
 
 def test_killed_at_random_moments_and_resumed(begin, go, twin, tmp_path):
-    seconds = time.monotonic()
+    started = time.monotonic()
     assert go(tmp_path / "again").returncode == 0
-    seconds = time.monotonic() - seconds
+    seconds = time.monotonic() - started
     assert_same(tmp_path / "again", twin)
-    moments, killed = random.Random(KILLS), 0
+    moments = random.Random(KILLS)
+    killed = 0
     for number in range(KILLS):
         process = begin(tmp_path / f"{number}")
         process.join(moments.uniform(0, seconds))
@@ -203,16 +206,14 @@ def test_one_run_killed_three_times(begin, go, twin, tmp_path):
 
 
 def test_killed_before_any_file_operation(go, twin, tmp_path):
-    """Kills before a few, other ones for each value of KILLS, of all that there are."""
-    killed, first = 0, random.Random(KILLS).randrange(1, 5)
-    for operation in range(first, 24, max(1, 30 // KILLS)):
+    """Kills before some of the first 24, other ones for each value of KILLS."""
+    for operation in random.Random(KILLS).sample(range(1, 25), min(KILLS, 24)):
         log_dir = tmp_path / f"{operation}"
-        killed += go(log_dir, before=operation).returncode == -signal.SIGKILL
-        assert killed, "the first one is there in any program that writes a record"
+        assert go(log_dir, before=operation).returncode == -signal.SIGKILL
         finish(go, log_dir, twin)
 
 
-@pytest.mark.parametrize("name", ["epoch-00.pkl", "epoch-03.pkl", "checkpoint.tmp"])
+@pytest.mark.parametrize("name", ["epoch-00.tmp", "epoch-03.tmp", "checkpoint.tmp"])
 def test_killed_before_a_certain_file(name, go, twin, tmp_path):
     killed = go(tmp_path, before=name).returncode
     assert killed == -signal.SIGKILL
@@ -281,7 +282,7 @@ def test_signal_stops_the_run_with_one_line(number, status, begin, go, twin, tmp
     "number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 )
 def test_signal_while_a_checkpoint_is_written(number, status, go, twin, tmp_path):
-    finished = go(tmp_path, before="epoch-02.pkl", action=number)
+    finished = go(tmp_path, before="epoch-02.tmp", action=number)
     assert finished.returncode == status
     assert re.fullmatch(
         r"main\.py: interrupted; 1 of 4 epochs are stored\b.* --resume .*\n",
@@ -293,7 +294,7 @@ def test_signal_while_a_checkpoint_is_written(number, status, go, twin, tmp_path
 def test_signal_before_anything_is_stored(go, tmp_path):
     finished = go(tmp_path, before="train.csv", action=signal.SIGTERM)
     assert finished.returncode == 143
-    assert finished.stderr == "main.py: interrupted before anything was stored\n"
+    assert finished.stderr == "main.py: interrupted; this run has stored nothing yet\n"
 
 
 # The disk
@@ -331,11 +332,10 @@ def note_flushes(notes):
 
     def hook(event, details):
         if event == "os.rename":
-            sizes = {}
-            log_dir = Path(details[0]).parent
-            for path in [*log_dir.glob("[!.]*"), *log_dir.glob("params/*")]:
-                sizes[path.name] = path.stat().st_size
-            note("renamed", json.dumps(sizes))
+            renamed = Path(details[0])
+            tables = [*renamed.parent.glob("*.csv"), renamed]
+            sizes = {path.name: path.stat().st_size for path in tables}
+            note("renamed", renamed.name, json.dumps(sizes))
 
     os.fsync = noted_fsync
     sys.addaudithook(hook)
@@ -348,23 +348,25 @@ def test_a_checkpoint_counts_on_nothing_that_a_power_failure_takes(go, tmp_path)
         tmp_path / "logs", "--epochs", 2, prepare=partial(note_flushes, notes)
     )
     assert finished.returncode == 0
-    flushed = {}
-    renames = []
+    flushed = {}  # the sizes of files, and what folders are safe
+    renamed = []
     for line in notes.read_text().splitlines():
-        event, rest = line.split(maxsplit=1)
+        event, name, rest = line.split(maxsplit=2)
         if event == "flushed":
-            name, size = rest.split()
-            flushed[name] = int(size)
-        else:
-            renames.append(json.loads(rest))
-            if len(renames) > 1:
-                assert "logs" in flushed  # the rename before this one
-            for name in ("train.csv", "test.csv", "checkpoint.tmp", "params"):
-                assert flushed[name] == renames[-1][name]
-            name = f"epoch-{len(renames) - 1:02}.pkl"
-            assert flushed[name] == renames[-1][name]
+            flushed[name] = int(rest)
+            continue
+        sizes = json.loads(rest)
+        assert {file: flushed.get(file) for file in sizes} == sizes
+        renamed.append(name)
+        if name == "checkpoint.tmp":
+            assert "params" in flushed  # which has the renamed parameters
             flushed = {}
-    assert len(renames) == 3 and "logs" in flushed
+        else:
+            assert len(renamed) == 1 or "logs" in flushed  # the checkpoint before
+            flushed.pop("params", None)
+    epochs = ["epoch-00.tmp", "epoch-01.tmp", "epoch-02.tmp"]
+    assert renamed[0::2] == epochs and renamed[1::2] == 3 * ["checkpoint.tmp"]
+    assert "logs" in flushed
 
 
 @pytest.mark.parametrize("below", ["", "below", "further/below"])
@@ -376,7 +378,7 @@ def test_log_dir_that_is_a_file(go, tmp_path, below):
 
 
 def test_log_dir_that_goes_away(go, twin, tmp_path):
-    finished = go(tmp_path / "logs", before="epoch-02.pkl", action="rmtree")
+    finished = go(tmp_path / "logs", before="epoch-02.tmp", action="rmtree")
     assert str(tmp_path / "logs") in one_line(finished, 1)
     assert "[Epoch  2]" in finished.stdout and "[Epoch  3]" not in finished.stdout
 
@@ -426,7 +428,7 @@ def test_resume_under_a_schedule(name, go, tmp_path):
     rates = [float(row["lr"]) for row in rows(tmp_path / "twin" / "test.csv")]
     expected = {"step": [1, 1, 0.1, 0.01], "cosine": [1, 0.8535534, 0.5, 0.1464466]}
     assert rates == pytest.approx([0.1 * factor for factor in expected[name]], 1e-6)
-    for kill in ("epoch-02.pkl", "epoch-04.pkl"):
+    for kill in ("epoch-02.tmp", "epoch-04.tmp"):
         killed = go(tmp_path / "logs", *flags, "--resume", before=kill)
         assert killed.returncode == -signal.SIGKILL
     line = one_line(go(tmp_path / "logs", "--resume", *flags[:2], "--epochs", 5), 1)
@@ -475,7 +477,7 @@ def test_resume_of_a_run_of_an_older_main(go, stopped, twin):
 def test_resume_without_momentum(go, tmp_path):
     flags = ("--momentum", 0, "--epochs", 2)
     assert go(tmp_path / "twin", *flags).returncode == 0
-    killed = go(tmp_path / "logs", *flags, before="epoch-02.pkl")
+    killed = go(tmp_path / "logs", *flags, before="epoch-02.tmp")
     assert killed.returncode == -signal.SIGKILL
     finish(go, tmp_path / "logs", tmp_path / "twin", *flags)
 
@@ -551,7 +553,7 @@ def test_old_records_are_moved_aside_whole(go, copy, twin):
 
 
 def test_second_run_on_a_log_dir_is_refused(begin, go, twin, tmp_path):
-    first = begin(tmp_path, before="epoch-02.pkl", action=signal.SIGSTOP)
+    first = begin(tmp_path, before="epoch-02.tmp", action=signal.SIGSTOP)
     wait_for(lambda: is_stopped(first))
     try:
         before = record(tmp_path, NAMES)
