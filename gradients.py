@@ -1,199 +1,507 @@
-"""Compare mini-batch gradients with the true gradient at every stored epoch of a run.
+"""Compare the true gradient with mini-batch gradients, after every epoch of a run.
 
-python gradients.py [LOG_DIR] [--mode train]    # all flags: python gradients.py --help
+    python gradients.py                   # the run in ./logs
+    python gradients.py --mode train      # with dropout and batch norm as in training
+    python gradients.py slow --batch-size 32    # all flags: python gradients.py --help
 
-In eval mode (dropout off, batch norm on its running statistics) the loss is a mean over
-images, and the mini-batch gradients average to the true gradient G, of all training
-images. In train mode they do not: the table's last column shows by how much.
+This is the guide's exercise 4. It reads the parameters that main.py has stored in
+LOG_DIR/params, computes the gradients, and writes a table and a picture of it:
+
+    LOG_DIR/gradients.csv, gradients.png                in eval mode
+    LOG_DIR/gradients-train.csv, gradients-train.png    with --mode train
+
+The true gradient G is that of the mean loss over all training images in eval mode, in
+which dropout is off and batch norm uses its running statistics. A mini-batch gradient g
+is that of the mean loss over the images of one mini-batch, in the mode that is asked for.
+A gradient is a vector of P values, one for each parameter of the model.
 """
 
-import argparse
-import copy
-import os
+import io
+import math
+import pickle
 import signal
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C while PyTorch is still loading: no traceback
+if __name__ == "__main__":
+    # While PyTorch is being loaded, Ctrl-C ends the program without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+from torch import nn
 from tqdm import tqdm
 
-from main import LeNet, RunError, load_dataset, load_parameters, select_device
+from main import (
+    LeNet,
+    Loader,
+    OneLineParser,
+    RunError,
+    disk_errors,
+    exact,
+    interrupt,
+    load_dataset,
+    name_file,
+    one_line,
+    prepare,
+    select_device,
+)
 
-KEPT_BYTES = 2**31  # of mini-batch gradients held in memory; more are computed twice
-HEADER = """\
-                      norm of a batch           cosine with G         |g_b - G| / |G|
-epoch norm of G    mean [  5 %,   95 %]    mean [  5 %,   95 %]    mean [  5 %,   95 %]\
-  noise scale  |m - G| / |G|"""
-ROW = "{:5}{:10.3g}" + "  {:6.3g} [{:6.3g},{:7.3g}]" * 3 + "{:13.4g}{:15.2g}"
+# All mini-batch gradients of an epoch are held in memory at once. A LeNet's takes 0.53 MB
+# (132,220 parameters in float32): so many of them take 2.1 GB.
+MOST_MINI_BATCHES = 4000
+
+
+def make_parser():
+    """Returns the parser of the command line."""
+    parser = OneLineParser("gradients.py", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "log_dir",
+        nargs="?",
+        default="./logs",
+        metavar="LOG_DIR",
+        help="folder that holds the record of a run of main.py",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=["eval", "train"],
+        default="eval",
+        help="mode of dropout and batch norm for the mini-batch gradients",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=128, metavar="N", help="images per mini-batch"
+    )
+    parser.add_argument(
+        "--dropout",
+        type=float,
+        default=0.25,
+        metavar="P",
+        help="dropout probability in train mode: give that of the run",
+    )
+    parser.add_argument(
+        "--data-dir",
+        default="./data",
+        metavar="DIR",
+        help="folder that holds MNIST/raw/; what is missing there is downloaded",
+    )
+    parser.add_argument(
+        "--dataset",
+        choices=["auto", "mnist", "mnist-5k"],
+        default="auto",
+        help="dataset that the run was trained on; auto as in main.py",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=1,
+        metavar="N",
+        help="where the random numbers of shuffling and dropout start",
+    )
+    return parser
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser("gradients.py", allow_abbrev=False)
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.error = lambda line: parser.exit(2, f"gradients.py: error: {line}\n")
-    add, names = parser.add_argument, ["auto", "mnist", "mnist-5k"]
-    add("log_dir", nargs="?", default="./logs", metavar="LOG_DIR", help="of main.py")
-    add("--data-dir", default="./data", metavar="DIR", help="has MNIST/raw/")
-    add("--dataset", default="auto", choices=names, help="auto: as main.py's")
-    add("--batch-size", type=int, default=128, metavar="N", help="images per batch")
-    add("--mode", default="eval", choices=["eval", "train"], help="for mini-batches")
-    add("--dropout", type=float, default=0.25, metavar="P", help="in train mode")
-    add("--seed", type=int, default=1, metavar="N", help="of the shuffle and dropout")
+    """Returns the flags' values; exits with status 2 if one of them makes no sense."""
+    parser = make_parser()
     args = parser.parse_args(argv)
-    if args.batch_size < (least := 2 if args.mode == "train" else 1):
-        parser.error(f"argument --batch-size: {least} or more in {args.mode} mode")
-    if not (0 <= args.dropout < 1 and 0 <= args.seed < 2**63):
-        parser.error("--dropout must be 0 or more, below 1; --seed 0 to 2**63 - 1")
+    if args.batch_size < 1:
+        parser.error("argument --batch-size: must be 1 or more")
+    if args.batch_size == 1 and args.mode == "train":
+        parser.error("argument --batch-size: must be 2 or more, for batch norm")
+    if not 0 <= args.dropout < 1:
+        parser.error("argument --dropout: must be 0 or more, and below 1")
+    if not 0 <= args.seed < 2**64:
+        parser.error("argument --seed: must be 0 or more, and below 2**64")
     return args
 
 
-def load_model(path, dropout=0.25):
-    """A LeNet with the parameters in a file. RunError: they are not a LeNet's."""
-    model = LeNet(dropout)
-    try:
-        arrays = load_parameters(path)
-        model.load_state_dict({k: torch.tensor(v) for k, v in arrays.items()})
-    except (RunError, RuntimeError) as error:
-        line = f"{path} is missing or no LeNet's: restore it, train, or name another"
-        raise RunError(f"{line} log dir ({str(error)[-120:]})") from error
-    return model.to(memory_format=torch.channels_last)  # the quicker one on a CPU
+# ---------------------------------------------------------------------------------------
+# The stored parameters and the data
+# ---------------------------------------------------------------------------------------
 
 
-def random_batches(count, batch_size, seed):
-    """A seeded random partition of `count` images: a list of int64 indices each."""
-    order = np.random.default_rng(seed).permutation(count)
-    batches = list(torch.from_numpy(order).split(batch_size))
-    if batch_size > 1 and len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2:] = [torch.cat(batches[-2:])]  # one is too few for batch norm
-    if len(batches) < 2:
-        raise RunError(f"--batch-size: choose one well below the {count} images")
-    return batches
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads pickles of numpy arrays, and refuses all others.
 
-
-def batch_gradients(model, images, labels, batches, name):
-    """Yields the gradient of each batch's mean loss as one vector, float32 P."""
-    parameters = list(model.parameters())
-    for batch in tqdm(batches, name, leave=False, disable=None):  # on terminals only
-        loss = torch.nn.functional.cross_entropy(model(images[batch]), labels[batch])
-        yield torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
-
-
-def compare(model, images, labels, batches, mode="eval", name=None):
-    """Compares the gradients g_b of the batches, a partition of N images, with G.
-
-    Returns a dict: the norm of G in nats per unit of parameter; mean, 5th and 95th
-    percentile over batches of the norm of g_b, of its cosine with G and of its distance
-    |g_b - G| / |G|; the gradient noise scale, in images; and the distance |m - G| / |G|
-    of m, the mean of g_b weighted by batch size. The model is left as it is.
-
-    The noise scale is tr(S) / |G|^2 of McCandlish et al. 2018 (arXiv:1812.06162), where
-    S = sum_i (g_i - G)(g_i - G)' / N is the covariance of the gradients of N images. A
-    batch holds B_b of them, drawn without replacement: two that differ have covariance
-    -S / (N - 1), so that E|g_b - G|^2 = tr(S) (N - B_b) / (B_b (N - 1)). Weighted by
-    B_b / N these sum to tr(S) (M - 1) / (N - 1) over M batches: an estimate without
-    bias. |G|^2 is exact. In train mode m, which training follows, replaces G in both.
+    A pickle names the functions that are to be called when it is read. pickle.load calls
+    whatever a file names, and so runs any code that somebody has hidden in it.
     """
-    weights = [len(batch) / len(images) for batch in batches]
-    size = sum(parameter.numel() for parameter in model.parameters())
-    kept, keep = [], mode == "eval" and len(batches) * size * 4 <= KEPT_BYTES
-    model = copy.deepcopy(model).eval()  # train mode changes its running statistics
-    true, shift = torch.zeros(2, size, dtype=torch.float64, device=images.device)
-    gradients = batch_gradients(model, images, labels, batches, name)
-    for gradient, weight in zip(gradients, weights):
-        true.add_(gradient, alpha=weight)
-        kept += [gradient] if keep else []
-    if not keep:
-        model.train(mode == "train")
-        kept = batch_gradients(model, images, labels, batches, name)
-    values, norm = [], true.norm()
-    for gradient, weight in zip(kept, weights):
-        gradient = gradient.double()
-        difference = gradient - true
-        shift.add_(difference, alpha=weight)  # ends as m - G
-        length, cosine = gradient.norm(), gradient @ true / (gradient.norm() * norm)
-        values.append(torch.stack([length, cosine, difference.norm() / norm]))
-    values, norm = torch.stack(values).cpu().numpy(), norm.item()  # batches x 3
-    row, distance = {"true_norm": norm}, shift.norm().item() / norm
-    for key, column in zip(("norm", "cosine", "distance"), values.T):
-        low, high = np.percentile(column, [5, 95])
-        row |= {f"{key}_mean": column.mean(), f"{key}_p5": low, f"{key}_p95": high}
-    spread = np.dot(weights, values[:, 2] ** 2) - distance**2  # about m, in |G|^2
-    spread *= (norm / (true + shift).norm().item()) ** 2 / (len(batches) - 1)
-    return row | {"noise_scale": spread * (len(images) - 1), "mean_distance": distance}
+
+    # What the pickle of a numpy array calls. The first is numpy's _reconstruct, which has
+    # another place in every other version of numpy.
+    FUNCTIONS = (np.array(0).__reduce__()[0], np.ndarray, np.dtype)
+
+    def find_class(self, module, name):
+        for function in self.FUNCTIONS:
+            if function.__name__ == name:
+                return function
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def draw(rows, title, batch_size, path):
-    """Draws the rows into a PNG file, in the colours of Okabe and Ito."""
-    figure = Figure(figsize=(11, 4), dpi=120, layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    norms, cosines, scales = figure.subplots(1, 3)
-    column = {key: [row[key] for row in rows] for key in rows[0]}
-    epochs, label = column["epoch"], "mini-batches: mean, 5 to 95 %"
-    for axes, key in ((norms, "norm"), (cosines, "cosine")):
-        axes.plot(epochs, column[f"{key}_mean"], "o-", c="#D55E00", label=label)
-        band = column[f"{key}_p5"], column[f"{key}_p95"]
-        axes.fill_between(epochs, *band, color="#D55E00", alpha=0.2, lw=0)
-        axes.vlines(epochs, *band, color="#D55E00", alpha=0.4)  # one epoch has no area
-    norms.plot(epochs, column["true_norm"], "s-", c="#0072B2", label="true gradient")
-    scales.plot(epochs, column["noise_scale"], "o-", c="#009E73", label="noise scale")
-    scales.axhline(batch_size, c="#000000", ls="--", label=f"batch size {batch_size}")
-    norms.set(yscale="log", ylabel="gradient norm (nats per unit of parameter)")
-    cosines.set(ylabel="cosine with the true gradient (no unit)")
-    scales.set(yscale="log", ylabel="gradient noise scale (images)")
-    for axes in (norms, cosines, scales):
+def load_parameters(path):
+    """Reads a params/epoch-NN.pkl: a dict from names to float32 numpy arrays.
+
+    Unlike pickle.load, it runs no code that a file of somebody else's may hold. Raises
+    RunError if the file cannot be read, or holds anything else.
+    """
+    parameters = {}
+    try:
+        content = Path(path).read_bytes()
+        for name, array in ArrayUnpickler(io.BytesIO(content)).load().items():
+            parameters[name] = np.asarray(array, dtype=np.float32)
+    except Exception as error:  # Foreign bytes can raise nearly anything.
+        raise RunError(
+            f"{path} cannot be read as parameters ({one_line(error)}): train again, or"
+            " name another log dir"
+        ) from error
+    return parameters
+
+
+def load_model(path, device, dropout=0.25):
+    """Returns the LeNet whose parameters are in a file. RunError: they are not a LeNet's."""
+    model = LeNet(dropout)
+    parameters = load_parameters(path)
+    try:
+        state = {name: torch.tensor(array) for name, array in parameters.items()}
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise RunError(
+            f"{path} holds the parameters of a model other than LeNet: train again, or"
+            " name another log dir"
+        ) from error
+    return prepare(model, device)
+
+
+def find_files(log_dir):
+    """Returns the files of the stored parameters, that of epoch 0 first."""
+    params = Path(log_dir, "params")
+    count = len(list(params.glob("epoch-*.pkl")))
+    if count == 0:
+        raise RunError(
+            f"{params} has no stored parameters: run main.py first, or name another log dir"
+        )
+    return [params / f"epoch-{epoch:02}.pkl" for epoch in range(count)]
+
+
+def make_mini_batches(dataset, batch_size, seed, device):
+    """Returns the shuffled training images as a list of mini-batches (data, target).
+
+    Raises RunError if there are too few mini-batches to compare, or too many.
+    """
+    images = dataset.train_images
+    labels = dataset.train_labels
+    mini_batches = list(Loader(images, labels, batch_size, device, seed=seed))
+    if len(mini_batches) < 2:
+        raise RunError(
+            f"argument --batch-size: choose one well below the {len(images)} images"
+        )
+    if len(mini_batches) > MOST_MINI_BATCHES:
+        least = math.ceil(len(images) / MOST_MINI_BATCHES)
+        raise RunError(
+            f"argument --batch-size: must be {least} or more for {len(images)} images,"
+            " so that all mini-batch gradients fit in memory"
+        )
+    return mini_batches
+
+
+# ---------------------------------------------------------------------------------------
+# The gradients
+# ---------------------------------------------------------------------------------------
+
+
+def mini_batch_gradients(model, mini_batches, description=None):
+    """Returns the gradients of B mini-batches as the rows of a matrix, B x P.
+
+    The model stays in its mode, eval or train. The gradients have its dtype.
+    """
+    loss_function = nn.CrossEntropyLoss()
+    parameters = list(model.parameters())
+    columns = sum(parameter.numel() for parameter in parameters)
+    gradients = parameters[0].new_empty(len(mini_batches), columns)
+    # disable=None shows the progress bar on a terminal only.
+    progress = tqdm(mini_batches, desc=description, leave=False, disable=None)
+    for batch_ix, (data, target) in enumerate(progress):
+        model.zero_grad()
+        output = model(data)
+        loss = loss_function(output, target)
+        loss.backward()
+        gradients[batch_ix] = torch.cat([p.grad.flatten() for p in parameters])
+    return gradients
+
+
+def mean_gradient(gradients, sizes):
+    """Returns the mean over images: that over the rows, weighted by their batch sizes."""
+    return (sizes / sizes.sum()) @ gradients
+
+
+def compare(model, mini_batches, mode="eval", description=None):
+    """Compares the mini-batch gradients g of a model with the true gradient G.
+
+    Returns a dict of numbers, which are the columns of the table:
+
+    true_norm        |G|, in nats per unit of parameter
+    norm_...         |g|, in nats per unit of parameter
+    cosine_...       the cosine of the angle between g and G
+    distance_...     |g - G| / |G|
+    noise_scale      the gradient noise scale, in images
+    mean_distance    |m - G| / |G|, where m is the mean of the g: 0 in eval mode
+
+    The three dots stand for mean, p5 and p95: the mean, the 5th and the 95th percentile
+    over the mini-batches. In train mode the model's running statistics change.
+    """
+    first_parameter = next(model.parameters())
+    sizes = first_parameter.new_tensor([len(target) for _, target in mini_batches])
+    # In eval mode the loss is a mean over images, and so is its gradient.
+    gradients = mini_batch_gradients(model.eval(), mini_batches, description)
+    true_gradient = mean_gradient(gradients, sizes)
+    if mode == "train":
+        del gradients  # Two such matrices at once would be too much memory.
+        gradients = mini_batch_gradients(model.train(), mini_batches, description)
+
+    true_norm = true_gradient.norm()
+    norms = gradients.norm(dim=1)
+    cosines = gradients @ true_gradient / (norms * true_norm)
+    distances = distances_to(true_gradient, gradients) / true_norm
+    difference = mean_gradient(gradients, sizes) - true_gradient
+    return {
+        "true_norm": true_norm.item(),
+        **summary("norm", norms),
+        **summary("cosine", cosines),
+        **summary("distance", distances),
+        "noise_scale": noise_scale(gradients, sizes),
+        "mean_distance": (difference.norm() / true_norm).item(),
+    }
+
+
+def distances_to(vector, gradients):
+    """Returns the distances |g - vector| of the rows g of B x P gradients: B values."""
+    # Row by row, since `gradients - vector` would take as much memory again.
+    return torch.stack([(gradient - vector).norm() for gradient in gradients])
+
+
+def summary(name, values):
+    """Returns the mean, and the 5th and 95th percentile, of one value per mini-batch."""
+    return {
+        f"{name}_mean": values.mean().item(),
+        f"{name}_p5": values.quantile(0.05).item(),
+        f"{name}_p95": values.quantile(0.95).item(),
+    }
+
+
+def noise_scale(gradients, sizes):
+    """Returns the gradient noise scale tr(S) / |m|^2, in images.
+
+    This is the simple noise scale of McCandlish et al. 2018 (arXiv:1812.06162), section
+    2.2. S is the covariance of the gradients of single images, with N - 1 as its divisor,
+    and m is their mean, both over all N training images. The gradients are B x P, those
+    of mini-batches of these sizes, B values.
+
+    As in the paper's appendix A.1, tr(S) is found without the gradients of single images.
+    The gradient g of a mini-batch of n images is a mean over n of the N, drawn without
+    replacement. The variance of such a mean is known: over all possible draws,
+
+        mean of |g - m|^2 = tr(S) (1/n - 1/N).
+
+    Both sides are averaged over the mini-batches, weighted by n, and tr(S) is solved for,
+    which gives an estimate without bias.
+
+    In train mode, the noise of dropout and batch norm is a part of S. Some of it remains
+    in m, so that a noise scale that is not far below N images is estimated too low.
+    """
+    images = sizes.sum()
+    weights = sizes / images
+    mean = mean_gradient(gradients, sizes)
+    squared_distances = distances_to(mean, gradients).square()
+    trace = (weights @ squared_distances) / (weights @ (1 / sizes - 1 / images))
+    return (trace / mean.square().sum()).item()
+
+
+# ---------------------------------------------------------------------------------------
+# The table, the picture, and what they say
+# ---------------------------------------------------------------------------------------
+
+
+def print_row(row):
+    """Prints the most important numbers of an epoch."""
+    print(
+        f"[Epoch {row['epoch']:2}] true norm: {row['true_norm']:.3g},"
+        f" mini-batch norm: {row['norm_mean']:.3g}, cosine: {row['cosine_mean']:.3f},"
+        f" noise scale: {row['noise_scale']:.0f} images",
+        flush=True,
+    )
+
+
+# These colours of Okabe and Ito's can be told apart by the colour-blind, too.
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREEN = "#009E73"
+
+
+def draw(table, title, batch_size):
+    """Returns a figure of the table."""
+    figure = Figure(figsize=(8.5, 3.6), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    norm_axes, cosine_axes, scale_axes = figure.subplots(1, 3)
+
+    norm_axes.set_ylabel("norm (nats per unit of parameter)")
+    norm_axes.plot(
+        table.epoch, table.true_norm, "s-", color=BLUE, label="true gradient"
+    )
+    draw_mini_batches(norm_axes, table, "norm")
+    use_logarithmic_scale(norm_axes)
+
+    cosine_axes.set_ylabel("cosine with the true gradient")
+    draw_mini_batches(cosine_axes, table, "cosine")
+
+    scale_axes.set_ylabel("gradient noise scale (images)")
+    scale_axes.plot(
+        table.epoch, table.noise_scale, "D-", color=GREEN, label="noise scale"
+    )
+    scale_axes.axhline(
+        batch_size, color="black", linestyle="--", label=f"batch size {batch_size}"
+    )
+    use_logarithmic_scale(scale_axes)
+
+    for axes in (norm_axes, cosine_axes, scale_axes):
         axes.set_xlabel("epoch (0: before training)")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        axes.legend(fontsize=8)
-    figure.savefig(path, format="png")
+        # Above the axes, where it covers no point.
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8)
+    return figure
+
+
+def draw_mini_batches(axes, table, name):
+    """Draws the mean over mini-batches, and a bar from the 5th to the 95th percentile."""
+    axes.plot(
+        table.epoch,
+        table[f"{name}_mean"],
+        "o-",
+        color=ORANGE,
+        label="mini-batches: mean",
+    )
+    axes.vlines(
+        table.epoch,
+        table[f"{name}_p5"],
+        table[f"{name}_p95"],
+        color=ORANGE,
+        alpha=0.3,
+        linewidth=5,
+        zorder=1,  # behind the lines
+        label="90 % of them",
+    )
+
+
+def use_logarithmic_scale(axes):
+    """Makes the y axis logarithmic, with ticks at 1, 2, 5, 10, 20 and so on."""
+    axes.set_yscale("log")
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    bottom, top = axes.get_ylim()
+    if top < 10 * bottom:
+        axes.set_ylim(bottom / 3, top * 3)  # enough for two ticks to be within
+
+
+def conclusion(row, batch_size):
+    """Returns in plain words what an epoch's noise scale means for the batch size.
+
+    With the best learning rate for its batch size, a step lowers the loss in proportion
+    to 1 / (1 + noise scale / batch size): McCandlish et al. 2018, section 2.2.
+    """
+    scale = row["noise_scale"]
+    progress = 1 / (1 + scale / batch_size)
+    progress_of_twice = 1 / (1 + scale / (2 * batch_size))
+    ratio = progress_of_twice / progress
+    return (
+        f"The noise scale after epoch {row['epoch']} is {scale:.0f} images."
+        " It says what larger batches would bring:\n"
+        f"with {2 * batch_size} images instead of {batch_size}, a step is twice the work"
+        f" and lowers the loss {ratio:.2f} times\n"
+        "as much, each with its best learning rate. (2 times would be the most, 1 time no"
+        " gain.)"
+    )
+
+
+# ---------------------------------------------------------------------------------------
+# main
+# ---------------------------------------------------------------------------------------
+
+
+def run(args):
+    """Compares the gradients at every stored epoch, and writes the table and picture."""
+    log_dir = Path(args.log_dir)
+    device = select_device()
+    files = find_files(log_dir)
+    models = [load_model(file, device, args.dropout) for file in files]
+    dataset = load_dataset(args.dataset, args.data_dir)
+    mini_batches = make_mini_batches(dataset, args.batch_size, args.seed, device)
+    title = make_title(args, dataset, mini_batches)
+    csv_file, picture_file = result_files(log_dir, args.mode)
+
+    print(title, flush=True)
+    rows = []
+    for epoch, model in enumerate(models):
+        torch.manual_seed(args.seed)  # for dropout
+        result = compare(model, mini_batches, args.mode, f"Epoch {epoch}")
+        if not all(map(math.isfinite, result.values())):
+            raise RunError(
+                f"{files[epoch]} has gradients that are 0 or not finite: train again,"
+                " with another --lr"
+            )
+        row = {"epoch": epoch, "mode": args.mode, **result}
+        rows.append(row)
+        table = pd.DataFrame(rows)
+        # After every epoch, so that the table keeps what is done if this is stopped.
+        with disk_errors(log_dir):
+            table.to_csv(csv_file, index=False, float_format=exact)
+        print_row(row)
+    with disk_errors(log_dir):
+        draw(table, title, args.batch_size).savefig(picture_file, dpi=200)
+    print(f"The table is in {csv_file}, and a picture of it in {picture_file}\n")
+    print(conclusion(rows[-1], args.batch_size))
+
+
+def make_title(args, dataset, mini_batches):
+    """Returns a line that says what is compared."""
+    title = (
+        f"{args.mode} mode: {len(mini_batches)} mini-batches of {args.batch_size} against"
+        f" the true gradient of {len(dataset.train_images)} images of {dataset.name}"
+    )
+    if args.mode == "train":
+        title += f", dropout {args.dropout:g}"
+    return title
+
+
+def result_files(log_dir, mode):
+    """Returns the names of the table and of the picture, which each mode has for itself."""
+    name = "gradients"
+    if mode == "train":
+        name = "gradients-train"
+    return log_dir / f"{name}.csv", log_dir / f"{name}.png"
 
 
 def main(argv=None):
-    """Does as the flags say; SystemExit with the documented status if that fails."""
-    args, rows = parse_arguments(argv), []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    log_dir, temporary = Path(args.log_dir), Path(args.log_dir, "gradients.tmp")
+    """Runs the program. Raises SystemExit if it cannot do as the flags say:
+
+    - 2 if a flag makes no sense;
+    - 130 or 143 after SIGINT or SIGTERM;
+    - a line of text, which Python prints before it exits with 1, if anything else fails
+      that can be expected to fail. A defect of the program keeps its traceback.
+    """
+    args = parse_arguments(argv)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
-        count = len(list(log_dir.glob("params/epoch-*[0-9].pkl")))  # numbered from 0
-        files = [log_dir / f"params/epoch-{i:02}.pkl" for i in range(max(count, 1))]
-        device = select_device(0)
-        models = [load_model(file, args.dropout).to(device) for file in files]
-        dataset, images, labels, *_ = load_dataset(args.dataset, args.data_dir)
-        batches = random_batches(len(images), args.batch_size, args.seed)
-        images, labels, *batches = (x.to(device) for x in (images, labels, *batches))
-        title = f"{args.mode} mode: {len(batches)} mini-batches of {args.batch_size} "
-        title += f"against the true gradient of {len(images)} images of {dataset}"
-        title += f", dropout {args.dropout:g}" if args.mode == "train" else ""
-        temporary.touch()  # fails now, not after minutes of work, in a read-only folder
-        temporary.unlink()
-        print(title, HEADER, sep="\n", flush=True)
-        for epoch, (file, model) in enumerate(zip(files, models)):
-            torch.manual_seed(args.seed)  # for dropout
-            row = compare(model, images, labels, batches, args.mode, f"Epoch {epoch}")
-            if not np.isfinite(list(row.values())).all():
-                raise RunError(f"{file} gives gradients not finite or 0: train again")
-            print(ROW.format(epoch, *row.values()), flush=True)
-            rows.append({"epoch": epoch, "mode": args.mode} | row)
-        lines = [rows[0], *(row.values() for row in rows)]
-        temporary.write_text("".join(",".join(map(str, x)) + "\n" for x in lines))
-        os.replace(temporary, log_dir / "gradients.csv")
-        draw(rows, title, args.batch_size, temporary)
-        os.replace(temporary, log_dir / "gradients.png")
-        scale, size = row["noise_scale"], args.batch_size
-        text = "few steps" if scale < size else "steps nearly in proportion, up to it"
-        line = (
-            f"At epoch {epoch} the noise scale is {scale:.4g} images: batches of more"
-        )
-        print(line, f"than {size} would save {text}.")
+        run(args)
     except RunError as error:
-        sys.exit(f"gradients.py: error: {' '.join(str(error).split())}")
+        sys.exit(f"gradients.py: error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("gradients.py: error: the GPU's memory is full: lower --batch-size")
     except OSError as error:
-        sys.exit(f"gradients.py: error: {error}: is {log_dir} writable?")
+        sys.exit(f"gradients.py: error: {name_file(error)}: {error.strerror}")
 
 
 if __name__ == "__main__":
