@@ -437,7 +437,7 @@ class Schedule:
     cosine, from the first rate down to nearly 0.
 
     The optimizer's own rate must be a tensor. It is overwritten, not replaced, since a
-    CUDA graph (part 2) reads it from the place in memory where it was when recorded.
+    CUDA graph (part 2) reads it from the place in memory where it was when captured.
     """
 
     def __init__(self, optimizer, name, initial_lr, epochs, epochs_done=0):
