@@ -1092,8 +1092,8 @@ def disk_errors(log_dir):
     except OSError as error:
         place = error.filename or log_dir  # A full disk's error does not name a file.
         raise RunError(
-            f"{place}: {error.strerror}; --log-dir {log_dir} must be a folder with room,"
-            " which you may write to"
+            f"{place}: {error.strerror}; the log dir {log_dir} must be a folder with"
+            " room, which you may write to"
         ) from error
 
 
