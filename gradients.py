@@ -18,7 +18,6 @@ A gradient is a vector of P values, one for each parameter of the model.
 
 import io
 import math
-import os
 import pickle
 import signal
 import sys
@@ -27,9 +26,6 @@ from pathlib import Path
 if __name__ == "__main__":
     # While PyTorch is being loaded, Ctrl-C ends the program without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # As in main.py, so that a training that runs at the same time gets its share.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import pandas as pd
