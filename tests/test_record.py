@@ -331,7 +331,7 @@ def note_flushes(notes):
         note("flushed", Path(path).name, os.fstat(descriptor).st_size)
 
     def hook(event, details):
-        if event == "os.rename":
+        if event == "os.rename" and str(details[0]).endswith(".tmp"):
             renamed = Path(details[0])
             tables = [*renamed.parent.glob("*.csv"), renamed]
             sizes = {path.name: path.stat().st_size for path in tables}
