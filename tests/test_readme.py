@@ -155,7 +155,8 @@ def test_the_test_command_is_what_ci_runs():
 def outputs(checkout):
     """What the commands print, by command. Asserts that each ends as it should."""
     (checkout / "read_digits.py").write_text(code_blocks(README, "python")[0])
-    draw_digit(0, checkout / "digit.png", scale=3, pen=20)
+    # So thin a line is lost if the contrast is not stretched after scaling it down.
+    draw_digit(0, checkout / "digit.png", scale=3, pen=8)
     outputs = {}
     for line in [line for text in PAGES.values() for line in commands(text)]:
         if TESTS in line or TWO_GPUS in line or ANOTHER_MACHINE.match(line):
@@ -174,8 +175,7 @@ def outputs(checkout):
 def test_every_command_does_what_it_says(checkout, outputs):
     assert len(outputs) >= 14
     assert "Training LeNet on MNIST" in outputs["tail -f logs/log.out"]
-    last = outputs["python read_digits.py digit.png"].splitlines()[-1]
-    assert re.fullmatch(r"digit\.png: \d", last)
+    assert outputs["python read_digits.py digit.png"].splitlines()[-1] == "digit.png: 0"
     lengthened = rows(checkout / "logs" / "run-1" / "test.csv")
     assert [int(row["epoch"]) for row in lengthened] == list(range(1, 13))
     written = (
@@ -198,9 +198,9 @@ def test_the_example_reads_digits_of_other_sizes(checkout, scale, pen):
     finished = run_forked(checkout, f"python read_digits.py {' '.join(names)}")
     read = finished.stdout.splitlines()[-len(names) :]
     right = set(read) & {f"{digit}.png: {digit}" for digit in DIGITS}
-    # Trained on 600 images, the network reads 9 or 10 of them. A picture that is not
-    # inverted, scaled or centred is read right by chance: one of ten.
-    assert len(right) >= 7, (finished.stderr, read)
+    # Eight networks, each trained on 600 images, read all ten. Without the inversion, the
+    # crop, the centring or the normalisation, they read at most seven.
+    assert len(right) >= 8, (finished.stderr, read)
 
 
 def anchors(text):
