@@ -1,4 +1,4 @@
-"""Train LeNet on MNIST with SGD: the guide's program, in about half of its time.
+"""Train LeNet on MNIST with SGD: the guide's program, in less than half of its time.
 
     python main.py                         # ten epochs: 99.3 % of the test digits right
     python main.py --epochs 3 --lr 0.05    # all flags: python main.py --help
