@@ -81,7 +81,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def make_parser():
-    """Returns the parser of the command line."""
+    """Returns the parser of the command line: the guide's flags, then all others."""
     parser = OneLineParser("main.py", description="PyTorch MNIST Example")
     parser.add_argument(
         "--batch-size",
@@ -113,6 +113,12 @@ def make_parser():
         metavar="DIR",
         help="folder that holds MNIST/raw/; what is missing there is downloaded",
     )
+    add_flags_beyond_the_guide(parser)
+    return parser
+
+
+def add_flags_beyond_the_guide(parser):
+    """Adds what the guide leaves to its exercises, or does without."""
     parser.add_argument(
         "--dataset",
         choices=["auto", "mnist", "mnist-5k"],
@@ -149,7 +155,6 @@ def make_parser():
         help="on CUDA, run every step by itself instead of replaying it as one graph, "
         "as several processes always do",
     )
-    return parser
 
 
 def parse_arguments(argv=None):
