@@ -14,9 +14,8 @@ highest of them. The seconds of an epoch are the median of all epochs but the fi
 which memory is reserved and CUDA graphs are recorded. Peak memory is that of the process
 itself and, on a GPU, what PyTorch has reserved there.
 
-The machine must have nothing else to do. Threads of PyTorch that spin while they wait
-lose far more on a busy machine than those of main.py, which do not: its ratios would be
-too good.
+The machine must have nothing else to do: the threads of PyTorch spin while they wait, and
+both programs lose time to any other, but not the same share of it.
 
 All runs of main.py have the same seed. So they must end in the same bytes.
 
@@ -85,9 +84,7 @@ def mark(marks, name):
     Of every epoch there are three: "train" when its training begins, "test" when that is
     over and its test begins, and "end" when that is over, too.
     """
-    torch = sys.modules.get(
-        "torch"
-    )  # Not every program loads it: Keras runs on JAX, too.
+    torch = sys.modules.get("torch")  # Not always there: Keras runs on JAX, too.
     if torch is not None and torch.cuda.is_available():
         torch.cuda.synchronize()
     marks[name].append(time.monotonic())  # All processes have this clock in common.
@@ -214,7 +211,9 @@ def guide_test(epoch, model, loss_function, test_loader):
 
 def run_main(run, marks):
     """main.py itself, whose train() and test() are timed."""
-    main = load_main()
+    sys.path.insert(0, str(HOME))
+    import main
+
     train = main.train
     test = main.test
 
@@ -243,21 +242,6 @@ def run_main(run, marks):
     with open("logs/test.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     return float(rows[-1]["accuracy"])
-
-
-def load_main():
-    """main.py as a module that Python has run as a program, but for its call of main().
-
-    To import main.py would not do: as a program it also sets how PyTorch's threads wait.
-    """
-    source = (HOME / "main.py").read_text()
-    before_the_call, _, _ = source.rpartition('if __name__ == "__main__":')
-    copy = Path("main.py")  # in the folder of this process
-    copy.write_text(before_the_call)
-    spec = importlib.util.spec_from_file_location("__main__", copy)
-    main = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(main)
-    return main
 
 
 def run_lightning(run, marks):
@@ -535,7 +519,7 @@ def warn_if_busy():
     if load > 0.5:
         print(
             f"benchmark.py: warning: other programs are computing (load {load:.1f}):"
-            " the ratios will be too good",
+            " the ratios will be off",
             file=sys.stderr,
         )
 
