@@ -30,8 +30,7 @@ fi
 exec </dev/null >"$log" 2>&1 # the errors as well
 
 # A dropped connection sends SIGHUP. What is ignored here stays so in the training, but
-# torchrun would handle it again: this leaves it the others. (A PyTorch of before 2.9
-# may not know the setting; start two processes in tmux there.)
+# torchrun would handle it again: this leaves it the others.
 trap '' HUP
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT
 
