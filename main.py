@@ -665,16 +665,18 @@ class ChannelMoments(torch.autograd.Function):
         slope = 2 * variance_gradient / count
         offset = mean_gradient / count - slope * mean
         rows = values.view(count // ctx.group, ctx.group * channels)
-        line = torch.addcmul(offset.repeat(ctx.group), slope.repeat(ctx.group), rows)
-        return line.view(count, channels)
+        gradient = torch.addcmul(
+            offset.repeat(ctx.group), slope.repeat(ctx.group), rows
+        )
+        return gradient.view(count, channels)
 
 
 class FasterDropout(nn.Dropout):
     """Dropout [3] for a CPU, which draws 64 random bits at a time, for four values.
 
-    A value is dropped if its 16 bits, read as a number, are among the lowest p * 65,536
-    of all, rounded to a whole number. PyTorch's dropout draws a number for each value: a
-    step takes an eighth less time.
+    A value is dropped if its 16 bits, read as a number, are less than p * 65,536, which
+    is rounded to a whole number. PyTorch's dropout draws a number for each value: a step
+    takes an eighth less time.
     """
 
     def forward(self, x):
