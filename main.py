@@ -1,4 +1,4 @@
-"""Train LeNet on MNIST with SGD: the guide's program, in less than half of its time.
+"""Train LeNet on MNIST with SGD: the guide's program, on a CPU in less than half its time.
 
     python main.py                         # ten epochs: 99.3 % of the test digits right
     python main.py --epochs 3 --lr 0.05    # all flags: python main.py --help
@@ -7,11 +7,13 @@
 
 The file reads from top to bottom, in four parts:
 
-1. The guide's program, in its order and under its names.
+1. The guide's functions and classes, in its order and under its names. They run on one
+   GPU or CPU, where rank() is 0 and average() changes nothing (both are in part 2).
 2. The same, but faster: layers and steps of the same mathematics, equal but for rounding
-   and for the random numbers of dropout; several GPUs.
+   and for the random numbers of dropout. And the same in several processes.
 3. The record of a run: the files in its log dir, and how a stopped run goes on.
-4. main: a run from the data to the last epoch, and what happens if it cannot go on.
+4. main: the guide's last lines, as a run from the data to the last epoch, and what
+   happens if it cannot go on.
 
 Sources, by their numbers in the guide:
 
@@ -136,13 +138,14 @@ def add_flags_beyond_the_guide(parser):
         type=int,
         default=1,
         metavar="N",
-        help="where random numbers start: the same seed and flags, the same bits",
+        help="where random numbers start: on the same machine, the same seed and flags give"
+        " the same bits",
     )
     parser.add_argument(
         "--log-dir",
         default="./logs",
         metavar="DIR",
-        help="folder that the record of the run goes to",
+        help="folder for the record of the run: tables, parameters, checkpoint",
     )
     parser.add_argument(
         "--resume",
@@ -261,7 +264,8 @@ def download_mnist(raw, missing):
         with tempfile.TemporaryDirectory() as folder:
             downloaded = Path(datasets.MNIST(folder, download=True).raw_folder)
             raw.mkdir(parents=True, exist_ok=True)
-            # In this folder, since a file moves at once only within one disk.
+            # In this folder: only within one disk is a file moved in one step, so that
+            # nobody ever sees half of it.
             with tempfile.TemporaryDirectory(dir=raw) as copies:
                 for file in missing:
                     copy = shutil.copy(downloaded / file, copies)
@@ -430,7 +434,7 @@ class LeNet(nn.Module):
 
 
 class Schedule:
-    """The learning rate `lr` of the epoch that comes after `epochs_done` (exercise 3).
+    """The learning rate `lr` of the next epoch, when `epochs_done` are over (exercise 3).
 
     `constant` keeps the first one. `step` goes down to a tenth from half of the epochs
     on, and to a hundredth from three quarters on. `cosine` follows half a wave of the
@@ -487,14 +491,15 @@ def train(
     """
     model.train()
     losses = []
-    # Of several processes the first one alone shows progress; None: on terminals only.
+    # Of several processes the first one alone shows progress. None means to tqdm that it
+    # shows any on a terminal only.
     disable = None if rank() == 0 else True
     bar = tqdm(train_loader, desc=f"Epoch {epoch}", leave=False, disable=disable)
     for batch_ix, (data, target) in enumerate(bar):
         loss = take_step(model, loss_function, optimizer, data, target)
         losses.append(loss)
         # A GPU works on while the next steps are prepared. To read a loss is to wait
-        # for it, so that the losses are read every 100 batches, all at once.
+        # for it, so they are read every 100 batches, all together.
         if batch_ix % 100 == 0 or batch_ix + 1 == len(train_loader):
             report(epoch, batch_ix, losses, record)
             losses = []
@@ -548,7 +553,7 @@ def test(epoch, model, loss_function, test_loader):
 # 2. The same, but faster
 #
 # What each part takes off the time of a training step was measured on two cores of an AMD
-# EPYC. Nothing here has been measured on a GPU.
+# EPYC, against the step without that part. Nothing here has been measured on a GPU.
 # ---------------------------------------------------------------------------------------
 
 
@@ -586,10 +591,10 @@ class FasterConvBN(nn.Sequential):
     """The layers of a convbn in another order, for a CPU: a step takes a third less time.
 
     Pooling goes before normalisation and ReLU, which then have a ninth or a quarter of
-    the values to do. The result is the same, since both keep the order of values. Only
-    where a channel is normalised with a negative scale they do not, and pooling comes
-    after. The statistics are those of all values, as ever. The layers keep their places
-    in the Sequential, and with them the names under which their state is stored.
+    the values to do. ReLU and normalisation with a positive scale keep the order of
+    values, so that the maximum stays the maximum. If the scale of any channel is negative,
+    pooling comes after normalisation. The statistics are those of all values, as ever. The
+    layers keep their places in the Sequential, and with them the names of their state.
     """
 
     def __init__(self, convolution, norm, relu, pool, dropout):
@@ -602,6 +607,7 @@ class FasterConvBN(nn.Sequential):
         else:
             x = convolution(x)
             mean, variance = norm.running_mean, norm.running_var
+        # weight * (x - mean) / sqrt(variance + eps) + bias is x * scale + shift with:
         scale = norm.weight * (variance + norm.eps).rsqrt()
         shift = norm.bias - mean * scale
         if (scale < 0).any():
@@ -629,7 +635,8 @@ def convolve_for_training(x, convolution, norm):
         norm.running_var.lerp_(unbiased, norm.momentum)
         norm.num_batches_tracked += 1
     # 0 times the bias gives it the gradient 0. With none at all, average_gradients would
-    # stop, and the bias would have no momentum in the checkpoint.
+    # fail, and so would a GPU that goes on from the checkpoint: the optimizer's fused step
+    # wants momentum for all parameters or for none.
     return x, mean + 0 * bias, variance
 
 
@@ -647,8 +654,9 @@ class ChannelMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values):
         count, channels = values.shape
-        # Rows of 16 pixels fill the vector registers of a CPU: their sum takes a seventh of
-        # the time. The layers of LeNet give 576 and 16 pixels an image: always so many.
+        # The few channels of one pixel do not fill the vector registers of a CPU. With 16
+        # pixels in a row, a sum takes a seventh of the time. The layers of LeNet give 576
+        # and 16 pixels an image, so that their count is always a multiple of 16.
         group = 16 if count % 16 == 0 else 1
         rows = values.view(count // group, group * channels)
         mean = rows.mean(0).view(group, channels).mean(0)
@@ -696,11 +704,13 @@ class FasterDropout(nn.Dropout):
 class GraphedStep:
     """train_step on CUDA, captured as one graph, which is replayed for full batches.
 
-    A step is many small kernels, which Python needs longer to launch, one by one, than
-    the GPU to run. A replay launches them all at once. Before the capture, the step must
-    run a few times on another stream than the usual one (PyTorch's notes on CUDA
-    semantics, "CUDA Graphs"). Batches of another size, as the last one of an epoch, run
-    by themselves.
+    A step is many small kernels, which Python may need longer to launch, one by one, than
+    the GPU to run. A replay launches them all together. It runs no Python: what you add
+    to train_step or to the model, like a print, is skipped unless you give --no-graph.
+
+    Before the capture, the step must run a few times on another stream than the usual one
+    (PyTorch's notes on CUDA semantics, "CUDA Graphs"). Batches of another size, as the
+    last one of an epoch, run by themselves.
     """
 
     WARM_UP_STEPS = 3  # as in the notes
@@ -747,7 +757,7 @@ class GraphedStep:
                     model, loss_function, optimizer, self.data, self.target
                 )
         except torch.OutOfMemoryError:
-            raise
+            raise  # A RuntimeError, too, but main has a better line for it.
         except RuntimeError as error:
             raise RunError(
                 "the training step cannot be captured as a CUDA graph"
@@ -788,7 +798,8 @@ def keep_freed_memory():
 
 
 # Several processes, one for each GPU, as torchrun starts them. Each of them runs the whole
-# program, with its own share of every batch.
+# program, with its own share of every batch. On GPUs batch norm uses the statistics of
+# the whole batch, on CPUs those of the share.
 
 
 def rank():
@@ -819,7 +830,7 @@ def join_processes(batch_size):
 
 
 def leave_processes():
-    """Waits until all processes are done, the first one with the record, too."""
+    """Waits until all processes are done, and the first one has saved the record."""
     if world_size() > 1:
         with lost_process():
             distributed.barrier()
@@ -905,11 +916,10 @@ class Record:
         self.lock = filelock.FileLock(self.log_dir / ".lock")
         self.settings = None  # of the flags, given to `open`
         self.saved_epochs = None  # not even the initial parameters yet
-        # Of the last row of train.csv, or of the next one's epoch.
-        self.epoch = 0
-        self.lr = None
-        self.batch = 0
-        self.step = 0
+        self.epoch = 0  # the epoch under way
+        self.lr = None  # its learning rate
+        self.batch = 0  # of the next row of train.csv
+        self.step = 0  # of the last row of train.csv
 
     def open(self, settings, resume, model, optimizer):
         """Opens the record for the run, and returns the checkpoint it goes on from.
@@ -945,7 +955,8 @@ class Record:
             ) from error
 
     def move_aside(self):
-        """Moves an earlier record, and pictures of it, to the first free run-N.
+        """Moves an earlier record to the first free run-N, with what plot.py and
+        gradients.py have made of it.
 
         A kill in the middle of this leaves the rest to be moved by the next run, to another
         folder. The checkpoint goes first: without it, no run can take the rest for whole.
@@ -1167,7 +1178,7 @@ def run(args, record):
     elif args.cuda and not args.no_graph:
         take_step = GraphedStep(args.batch_size)
 
-    # Where the run goes on from: a new one, too, from a checkpoint, its first.
+    # Every run goes on from a checkpoint. A new one has first written it.
     checkpoint = None
     if rank() == 0:
         settings = settings_to_share(args)
@@ -1197,7 +1208,7 @@ def run(args, record):
 
 def make_loaders(args, device):
     """Returns train_loader and test_loader; sets args.dataset to the one they load."""
-    if rank() == 0:  # This process alone downloads and warns.
+    if rank() == 0:  # On one machine, this process alone downloads and warns.
         args.dataset = find_dataset(args.dataset, args.data_dir)
     args.dataset = broadcast(args.dataset)
     dataset = load_dataset(args.dataset, args.data_dir)
@@ -1217,13 +1228,16 @@ def make_loaders(args, device):
 
 
 def settings_to_share(args):
-    """The values of the flags that a run and its continuation must share."""
+    """The values of the flags that a run and its continuation must share.
+
+    The device and the number of processes may differ.
+    """
     not_shared = {"data_dir", "log_dir", "resume", "no_graph", "cuda"}
     return {name: value for name, value in vars(args).items() if name not in not_shared}
 
 
 def print_arguments(args):
-    """Prints the arguments to the log, in case we ever need to know them."""
+    """Prints the arguments, in case we ever need to know them."""
     print("Training LeNet on MNIST")
     for name, value in vars(args).items():
         print(f"   {name}:  {value}")
@@ -1261,7 +1275,7 @@ def main(argv=None):
     try:
         run(args, record)
     except Interrupted:
-        line = "main.py: interrupted; this run has stored nothing yet"
+        line = "main.py: interrupted before it began; what was stored before is kept"
         if record.saved_epochs is not None:
             line = (
                 f"main.py: interrupted; {record.saved_epochs} of {args.epochs} epochs"
