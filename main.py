@@ -1,4 +1,4 @@
-"""Train LeNet on MNIST with SGD: the guide's program, on a CPU in less than half its time.
+"""Train LeNet on MNIST: the guide's program, on a CPU in less than half its time.
 
     python main.py                         # ten epochs: 99.3 % of the test digits right
     python main.py --epochs 3 --lr 0.05    # all flags: python main.py --help
@@ -7,8 +7,8 @@
 
 The file reads from top to bottom, in four parts:
 
-1. The guide's functions and classes, in its order and under its names. They run on one
-   GPU or CPU, where rank() is 0 and average() changes nothing (both are in part 2).
+1. The guide's functions and classes, in its order and under its names. In a single
+   process, rank() is 0 and average() changes nothing (both stand in part 2).
 2. The same, but faster: layers and steps of the same mathematics, equal but for rounding
    and for the random numbers of dropout. And the same in several processes.
 3. The record of a run: the files in its log dir, and how a stopped run goes on.
@@ -138,8 +138,8 @@ def add_flags_beyond_the_guide(parser):
         type=int,
         default=1,
         metavar="N",
-        help="where random numbers start: on the same machine, the same seed and flags give"
-        " the same bits",
+        help="where random numbers start: on the same machine, the same seed and flags"
+        " give the same bits",
     )
     parser.add_argument(
         "--log-dir",
@@ -955,8 +955,7 @@ class Record:
             ) from error
 
     def move_aside(self):
-        """Moves an earlier record to the first free run-N, with what plot.py and
-        gradients.py have made of it.
+        """Moves an earlier record, and what was made of it, to the first free run-N.
 
         A kill in the middle of this leaves the rest to be moved by the next run, to another
         folder. The checkpoint goes first: without it, no run can take the rest for whole.
@@ -965,13 +964,14 @@ class Record:
         earlier = [path for path in paths if path.exists()]
         if not earlier:
             return
-        pictures = [*self.log_dir.glob("curves.png"), *self.log_dir.glob("gradients*")]
+        # What plot.py and gradients.py have made of it.
+        made = [*self.log_dir.glob("curves.png"), *self.log_dir.glob("gradients*")]
         number = 1
         while (self.log_dir / f"run-{number}").exists():
             number += 1
         folder = self.log_dir / f"run-{number}"
         folder.mkdir()
-        for path in earlier + pictures:
+        for path in earlier + made:
             path.rename(folder / path.name)
         print(f"main.py: the earlier run was moved to {folder}", file=sys.stderr)
 
@@ -1222,7 +1222,7 @@ def make_loaders(args, device):
         world_size=world_size(),
     )
     # The guide tests 1000 images at a time. With 250, the values of a layer fit into the
-    # memory that is kept on a CPU (keep_freed_memory): a test takes two thirds of the time.
+    # memory that is kept on a CPU (keep_freed_memory): a test takes a third less time.
     test_loader = Loader(dataset.test_images, dataset.test_labels, 250, device)
     return train_loader, test_loader
 
@@ -1275,7 +1275,7 @@ def main(argv=None):
     try:
         run(args, record)
     except Interrupted:
-        line = "main.py: interrupted before it began; what was stored before is kept"
+        line = "main.py: interrupted before the run began; what was stored is kept"
         if record.saved_epochs is not None:
             line = (
                 f"main.py: interrupted; {record.saved_epochs} of {args.epochs} epochs"

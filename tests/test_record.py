@@ -294,7 +294,7 @@ def test_signal_while_a_checkpoint_is_written(number, status, go, twin, tmp_path
 def test_signal_before_anything_is_stored(go, tmp_path):
     finished = go(tmp_path, before="train.csv", action=signal.SIGTERM)
     assert finished.returncode == 143
-    line = "main.py: interrupted before it began; what was stored before is kept\n"
+    line = "main.py: interrupted before the run began; what was stored is kept\n"
     assert finished.stderr == line
 
 
