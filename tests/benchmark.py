@@ -181,10 +181,7 @@ def guide_train(epoch, model, loss_function, optimizer, train_loader):
         loss.backward()
         optimizer.step()
         if batch_ix % 100 == 0 and batch_ix > 0:
-            print(
-                f"[Epoch {epoch:2}, batch {batch_ix:3}]"
-                f" training loss: {loss.item():.4f}"
-            )
+            print(f"[Epoch {epoch:2}, batch {batch_ix:3}] training loss: {loss.item():.4f}")
 
 
 def guide_test(epoch, model, loss_function, test_loader):
@@ -449,8 +446,7 @@ def digest_record():
     logs = Path("logs")
     files = [*logs.glob("*.csv"), *logs.glob("params/*")]
     return {
-        str(file.relative_to(logs)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in files
+        str(file.relative_to(logs)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
     }
 
 
@@ -587,8 +583,7 @@ def speed_rows(pairs, title):
         guide_values = [pair[GUIDE]["figures"][figure] for pair in pairs]
         values = [pair[title]["figures"][figure] for pair in pairs]
         ratios = [
-            value / guide_value
-            for value, guide_value in zip(values, guide_values, strict=True)
+            value / guide_value for value, guide_value in zip(values, guide_values, strict=True)
         ]
         guide_median = digits(statistics.median(guide_values))
         median = digits(statistics.median(values))
@@ -629,10 +624,7 @@ def compare_records(pairs):
         print("The bytes that main.py wrote were not compared: it ran once.")
         return
     compared = sorted({Path(name).parts[0] for name in records[0]})
-    print(
-        f"The {len(records)} runs of main.py ended in the same bytes:"
-        f" {', '.join(compared)}."
-    )
+    print(f"The {len(records)} runs of main.py ended in the same bytes: {', '.join(compared)}.")
 
 
 # ---------------------------------------------------------------------------------------
@@ -714,9 +706,7 @@ def parse_arguments():
     parser.add_argument(
         "--others", action="store_true", help="Lightning and Keras, too, if installed"
     )
-    parser.add_argument(
-        "--accuracy", action="store_true", help="compare accuracies, not speeds"
-    )
+    parser.add_argument("--accuracy", action="store_true", help="compare accuracies, not speeds")
     parser.add_argument(
         "--seeds",
         type=int,
@@ -724,9 +714,7 @@ def parse_arguments():
         metavar="N",
         help="1 to N, for --accuracy (default: 5)",
     )
-    parser.add_argument(
-        "--epochs", type=int, metavar="N", help="default: 3, for --accuracy 10"
-    )
+    parser.add_argument("--epochs", type=int, metavar="N", help="default: 3, for --accuracy 10")
     parser.add_argument("--call", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.epochs is None:

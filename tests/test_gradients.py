@@ -117,9 +117,7 @@ def plain_gradient(model, data, target):
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_numbers_are_those_of_plain_gradients(
-    mode, model, plain_model, images, mini_batches
-):
+def test_numbers_are_those_of_plain_gradients(mode, model, plain_model, images, mini_batches):
     true = plain_gradient(plain_model.eval(), *images)
     plain_model.train(mode == "train")
     mini_batch = torch.stack(
@@ -146,9 +144,7 @@ def test_numbers_are_those_of_plain_gradients(
     assert (expected > 0.01) == (mode == "train")
 
 
-def test_noise_scale_is_that_of_the_gradients_of_single_images(
-    model, plain_model, images
-):
+def test_noise_scale_is_that_of_the_gradients_of_single_images(model, plain_model, images):
     data, target = images
     single_images = list(zip(data[:100].split(1), target[:100].split(1), strict=True))
     plain_model.eval()
@@ -205,9 +201,7 @@ def test_picture_has_plain_ticks_and_legends_that_cover_nothing():
 # The program
 
 
-def test_run_writes_a_table_and_a_picture_for_each_mode(
-    copied, small_mnist, call, capsys
-):
+def test_run_writes_a_table_and_a_picture_for_each_mode(copied, small_mnist, call, capsys):
     flags = [copied, "--data-dir", small_mnist, "--batch-size", 64]
     done = run("gradients.py", *flags)
     assert done.returncode == 0, done.stderr
@@ -216,13 +210,9 @@ def test_run_writes_a_table_and_a_picture_for_each_mode(
     assert call(*flags, "--mode", "train") is None
     train_output = capsys.readouterr().out
 
-    title = (
-        "mode: 10 mini-batches of 64 against the true gradient of 600 images of mnist"
-    )
+    title = "mode: 10 mini-batches of 64 against the true gradient of 600 images of mnist"
     assert done.stdout.startswith(f"eval {title}\n[Epoch  0] true norm: ")
-    assert train_output.startswith(
-        f"train {title}, dropout 0.25\n[Epoch  0] true norm: "
-    )
+    assert train_output.startswith(f"train {title}, dropout 0.25\n[Epoch  0] true norm: ")
     assert (copied / "gradients.csv").read_bytes() == eval_table
     for mode, name, output in (
         ("eval", "gradients", done.stdout),
@@ -245,9 +235,7 @@ def test_run_writes_a_table_and_a_picture_for_each_mode(
         ("train", ["--dropout", 0], "gradients-train.csv"),
     ],
 )
-def test_numbers_depend_on_the_flags_alone(
-    copied, small_mnist, call, mode, other_flags, name
-):
+def test_numbers_depend_on_the_flags_alone(copied, small_mnist, call, mode, other_flags, name):
     flags = [copied, "--data-dir", small_mnist, "--mode", mode]
     tables = []
     for more in ([], [], other_flags):
@@ -289,9 +277,7 @@ def test_output_that_cannot_be_written_is_one_line(copied, small_mnist):
     assert line.startswith("gradients.py: error: standard output: ")
 
 
-def test_batch_sizes_that_will_not_do_are_one_line(
-    copied, small_mnist, call, monkeypatch
-):
+def test_batch_sizes_that_will_not_do_are_one_line(copied, small_mnist, call, monkeypatch):
     flags = [copied, "--data-dir", small_mnist, "--batch-size"]
     assert "--batch-size" in call(*flags, 600)
     monkeypatch.setattr(gradients, "MOST_MINI_BATCHES", 5)

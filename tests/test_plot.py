@@ -225,9 +225,7 @@ def test_the_legend_is_above_the_panels_and_has_room(tmp_path):
     figure = draw(*log_dirs)
     figure.draw_without_rendering()
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.texts] == [
-        path.name for path in log_dirs
-    ]
+    assert [text.get_text() for text in legend.texts] == [path.name for path in log_dirs]
     box = legend.get_window_extent()
     top_panel = figure.axes[0].get_window_extent()
     assert 0 < box.x0 < box.x1 < figure.bbox.x1
@@ -412,9 +410,7 @@ def test_bad_tables_end_in_one_line(tmp_path, case):
 def test_an_error_as_users_see_it(tmp_path):
     write_run(tmp_path / "logs", [0.1], 3)
     line = one_line(run("plot.py", "logs", "none", cwd=tmp_path), 1)
-    assert line.startswith(
-        f"plot.py: error: {Path('none') / 'train.csv'}: No such file"
-    )
+    assert line.startswith(f"plot.py: error: {Path('none') / 'train.csv'}: No such file")
     assert os.listdir(tmp_path) == ["logs"]
 
 

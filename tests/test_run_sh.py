@@ -1,4 +1,4 @@
-"""run.sh, started as its users start it: a copy of it, with this Python on the PATH."""
+"""run.sh, started as its users start it: a copy of it beside main.py."""
 
 import os
 import shutil
@@ -6,10 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from conftest import HOME, rows, wait_for
+from conftest import HOME, checksum, rows, wait_for
 
 # With small_mnist these are ten steps an epoch.
 TINY = ("--dataset", "mnist", "--batch-size", "64")
@@ -17,11 +16,23 @@ TINY = ("--dataset", "mnist", "--batch-size", "64")
 
 @pytest.fixture
 def project(tmp_path):
+    """A folder with run.sh and main.py, and a `.venv/bin/python` that is this Python."""
     folder = tmp_path / "the project"
-    folder.mkdir()
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    use_python(folder, f'exec "{sys.executable}" "$@"')
     for name in ("run.sh", "main.py"):
         shutil.copy(HOME / name, folder)
     return folder
+
+
+def use_python(folder, script, name=".venv/bin/python"):
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def print_arguments(folder, **options):
+    """Has Python print what it was given, one item a line."""
+    use_python(folder, 'printf "%s\\n" "GPUs $CUDA_VISIBLE_DEVICES" "$@"', **options)
 
 
 @pytest.fixture
@@ -29,70 +40,45 @@ def start(project):
     """Starts run.sh in a process group of its own, and leaves nothing running."""
     started = []
 
-    def start(*arguments, path=Path(sys.executable).parent, cwd="/", **settings):
-        names = ("GPUID", "LOGDIR", "DATADIR", "PYTHON")
-        env = {k: v for k, v in os.environ.items() if k not in names}
-        env["PATH"] = f"{path}{os.pathsep}{env['PATH']}"
-        env |= {k: str(v) for k, v in settings.items()}
-        command = [project / "run.sh", *arguments]
+    def start(*arguments, shell=(), cwd="/", **settings):
+        env = os.environ | {name: str(value) for name, value in settings.items()}
+        command = [*shell, project / "run.sh", *arguments]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(
-            command, env=env, cwd=cwd, start_new_session=True, **options
-        )
+        process = subprocess.Popen(command, env=env, cwd=cwd, start_new_session=True, **options)
         started.append(process)
         return process
 
     yield start
     for process in started:
-        if process.poll() is None:
-            process.terminate()  # torchrun ends its workers, too
-            try:
-                process.wait(40)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        process.communicate()
-
-
-@pytest.fixture
-def stand_in(tmp_path):
-    """A folder with a `python` that prints what it was given, one item a line."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    python = folder / "python"
-    python.write_text('#!/bin/sh\nprintf "%s\\n" "GPUs $CUDA_VISIBLE_DEVICES" "$@"\n')
-    python.chmod(0o755)
-    return folder
+        process.terminate()  # torchrun ends its workers, too
+        process.communicate(timeout=40)
 
 
 def finish(process, status=0):
     """Waits for a run; asserts its exit status, and that it printed nothing."""
-    output = process.communicate(timeout=60)
-    assert (process.returncode, *output) == (status, "", "")
+    assert (*process.communicate(timeout=60), process.returncode) == ("", "", status)
 
 
-def wait_for_line(text, log, process):
-    """Waits until the text is in the log of a run that goes on."""
+@pytest.mark.parametrize("shell", [(), ("bash",), ("sh",)])
+def test_from_another_folder(project, start, small_mnist, shell):
+    finish(start(*TINY, "--epochs", "2", shell=shell, DATADIR=small_mnist))
+    log = (project / "logs" / "log.out").read_text()
+    assert log.startswith("Training LeNet on MNIST\n")
+    for line in ("batch_size:  64", "epochs:  2", "dropout:  0.3", "momentum:  0.9"):
+        assert f"   {line}\n" in log
+    assert len(rows(project / "logs" / "run-1" / "train.csv")) == 2 * 10
 
-    def is_there():
-        content = log.read_text() if log.exists() else "no log"
-        assert process.poll() is None, content
-        return text in content
 
-    wait_for(is_there)
-
-
-def test_from_another_folder(project, start, small_mnist, tmp_path):
-    finish(start(*TINY, "--epochs", "2", cwd=tmp_path, DATADIR=small_mnist))
-    lines = (project / "logs" / "log.out").read_text().splitlines()
-    assert lines[0] == "Training LeNet on MNIST"
-    settings = dict(line.split(":  ") for line in lines if ":  " in line)
-    settings = {name.strip(): value for name, value in settings.items()}
-    assert settings["batch_size"] == "64" and settings["epochs"] == "2"  # the user's
-    assert settings["dropout"] == "0.3" and settings["momentum"] == "0.9"
-    assert sum("Average test loss" in line for line in lines) == 2
-    assert len(rows(project / "logs" / "train.csv")) == 2 * 10
-    assert (project / "data").exists() is False  # DATADIR was given
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["the project"]
+def test_one_log_and_a_resumed_run_under_its_own_flags(project, start, small_mnist):
+    finish(start(*TINY, "--resume", "--epochs", "1", "--dropout", "0.4", DATADIR=small_mnist))
+    finish(start("--resume", "--epochs", "2"))
+    finish(start(*TINY, "--epochs", "2", "--dropout", "0.4", DATADIR=small_mnist))
+    log = (project / "logs" / "log.out").read_text()
+    assert log.startswith("main.py: there is no run in ./logs: starting one\n")
+    assert log.count("Training LeNet on MNIST") == log.count("   dropout:  0.4\n") == 3
+    first, resumed, whole = log.split("Training LeNet on MNIST")[1:]
+    assert "logs/run-1" in first and "logs/run-1" in resumed and "logs/run-2" in whole
+    assert checksum(resumed) == checksum(whole) != checksum(first)
 
 
 @pytest.mark.parametrize("gpus", ["-1", "-1,-1"])  # no such GPUs: on the CPU
@@ -100,35 +86,22 @@ def test_hangup_and_kill(start, small_mnist, tmp_path, gpus):
     settings = {"GPUID": gpus, "DATADIR": small_mnist, "LOGDIR": tmp_path / "my logs"}
     log = settings["LOGDIR"] / "log.out"
     process = start(*TINY, "--epochs", "5000", **settings)
-    wait_for_line("[Epoch  1]", log, process)
-    # As with tail -f: the lines come while it runs, which wait_for_line asserts.
+    wait_for(lambda: log.exists() and "[Epoch  1]" in log.read_text())
+    # As with tail -f: the lines come while it runs.
     os.killpg(process.pid, signal.SIGHUP)
     time.sleep(1)
     seen = log.read_text().count("[Epoch")
-    wait_for_line(f"[Epoch {seen + 1:2}]", log, process)
+    wait_for(lambda: f"[Epoch {seen + 1:2}]" in log.read_text())
     process.terminate()
     process.wait(20)
-    # torchrun, which ends its workers, has a status of its own
-    assert process.returncode == (143 if gpus == "-1" else 1)
-    content = log.read_text()
-    assert "main.py: interrupted; " in content and "--resume" in content
+    # torchrun, which ends its workers, has a status of its own.
+    assert process.returncode == (130 if gpus == "-1" else 1)
+    assert ("main.py: interrupted; --resume goes on" in log.read_text()) == (gpus == "-1")
     command = ["ps", "-eo", "args"]
     left = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert str(settings["LOGDIR"]) not in left
-
-
-def test_two_processes_complete(start, small_mnist, tmp_path):
-    settings = {"GPUID": "-1,-1", "DATADIR": small_mnist, "LOGDIR": tmp_path / "logs"}
-    finish(start(*TINY, "--epochs", "1", **settings))
-    content = (tmp_path / "logs" / "log.out").read_text()
-    for line in ("Training LeNet on MNIST", "[Epoch  1] Average"):
-        assert content.count(line) == 1, content
-    train = rows(tmp_path / "logs" / "train.csv")
-    assert [int(row["step"]) for row in train] == list(range(1, 11))
-    assert len(rows(tmp_path / "logs" / "test.csv")) == 1
-    params = sorted(path.name for path in (tmp_path / "logs" / "params").iterdir())
-    assert params == ["epoch-00.pkl", "epoch-01.pkl"]
-    assert (tmp_path / "logs" / "checkpoint.pt").exists()
+    finish(start("--resume", "--epochs", "1", **settings))  # which is done
+    assert "(sha256 " in log.read_text()
 
 
 @pytest.mark.parametrize(
@@ -141,66 +114,37 @@ def test_two_processes_complete(start, small_mnist, tmp_path):
         ({"GPUID": "1,2,5"}, "1,2,5", 3),
     ],
 )
-def test_gpus(project, start, stand_in, settings, gpus, processes):
-    finish(start("--lr", "two words", path=stand_in, **settings))
+def test_gpus_and_flags(project, start, settings, gpus, processes):
+    print_arguments(project)
+    finish(start("--lr", "two words", **settings))
     torchrun = ["-m", "torch.distributed.run", "--standalone"]
     torchrun += [f"--nproc-per-node={processes}"]
-    flags = "--data-dir ./data --log-dir ./logs --batch-size 128 --dropout 0.3"
-    flags = [*flags.split(), "--momentum", "0.9", "--epochs", "10", "--lr", "two words"]
+    flags = "--log-dir ./logs --data-dir ./data --batch-size 128 --dropout 0.3 --momentum 0.9"
+    flags = [*flags.split(), "--epochs", "10", "--lr", "two words"]
     lines = (project / "logs" / "log.out").read_text().splitlines()
-    assert lines[:2] == [f"GPUs {gpus}", "-u"]
-    assert lines[2:] == torchrun * (processes > 1) + ["main.py", *flags]
+    assert lines == [f"GPUs {gpus}", *torchrun * (processes > 1), "main.py", *flags]
     assert (project / "data").is_dir()
 
 
-def test_earlier_logs_are_kept(project, start, stand_in):
-    for seed in "123":
-        finish(start("--seed", seed, path=stand_in))
-    logs = [project / "logs" / name for name in ("log-1.out", "log-2.out", "log.out")]
-    assert [log.read_text().splitlines()[-1] for log in logs] == ["1", "2", "3"]
-    assert sorted((project / "logs").glob("[!.]*")) == logs
+@pytest.mark.parametrize("resume", ["--resume", "--resume=old/run-7", "--resume old/run-7"])
+@pytest.mark.parametrize("there", [True, False])
+def test_flags_of_a_run_that_is_there(project, start, resume, there):
+    print_arguments(project)
+    run = project / ("logs/run-1" if resume == "--resume" else "old/run-7")
+    run.mkdir(parents=True)
+    if there:
+        (run / "checkpoint.pt").touch()
+    finish(start(*resume.split()))
+    given = (project / "logs" / "log.out").read_text()
+    assert ("--dropout\n0.3\n" in given) == (not there)
+    assert "--log-dir\n./logs\n" in given and "\n--resume" in given
 
 
-@pytest.fixture
-def waiting(tmp_path):
-    """A folder with a `python` that trains until it is killed."""
-    folder = tmp_path / "waiting"
-    folder.mkdir()
-    python = folder / "python"
-    python.write_text("#!/bin/sh\necho training\nexec sleep 1000\n")
-    python.chmod(0o755)
-    return folder
-
-
-def test_a_second_run_leaves_the_log_of_the_first_alone(
-    project, start, stand_in, waiting, tmp_path
-):
-    log = project / "logs" / "log.out"
-    first = start(path=waiting)
-    wait_for_line("training", log, first)
-    second = start(path=stand_in)
-    output, errors = second.communicate(timeout=20)
-    assert second.returncode == 1 and output == ""
-    (line,) = errors.splitlines()
-    assert line.startswith("run.sh: another run is using LOGDIR=./logs")
-    assert [path.name for path in log.parent.glob("*.out")] == ["log.out"]
-    assert log.read_text() == "training\n"
-    finish(start(path=stand_in, LOGDIR=tmp_path / "other"))
-    first.kill()  # After which nothing holds the lock.
-    first.wait()
-    finish(start(path=stand_in))
-    assert (log.parent / "log-1.out").read_text() == "training\n"
-
-
-def test_where_there_is_no_flock(project, start, stand_in, tmp_path):
-    """As on macOS: it goes on."""
-    programs = ("bash", "sh", "dirname", "readlink", "mkdir", "mv")
-    for name in programs:
-        (stand_in / name).symlink_to(shutil.which(name))
-    for _ in range(2):
-        finish(start(PATH=stand_in))
-    logs = sorted(path.name for path in (project / "logs").glob("*.out"))
-    assert logs == ["log-1.out", "log.out"]
+def test_python_on_the_path_without_a_virtual_environment(project, start, tmp_path):
+    shutil.rmtree(project / ".venv")
+    print_arguments(tmp_path, name="python3")
+    finish(start(PATH=f"{tmp_path}:{os.environ['PATH']}"))
+    assert "main.py\n" in (project / "logs" / "log.out").read_text()
 
 
 def test_errors_are_in_the_log(project, start):
@@ -208,15 +152,8 @@ def test_errors_are_in_the_log(project, start):
     assert "main.py: error: " in (project / "logs" / "log.out").read_text()
 
 
-def test_no_python(project, start):
-    finish(start(PYTHON="no-such-python"), status=127)
-    assert "no-such-python: not found" in (project / "logs" / "log.out").read_text()
-
-
-@pytest.mark.parametrize("name", ["LOGDIR", "DATADIR"])
-def test_no_folder(project, start, name):
-    process = start(**{name: "main.py/folder"})
+def test_no_folder(project, start):
+    process = start(LOGDIR="main.py/folder")
     output, errors = process.communicate(timeout=20)
     assert process.returncode == 1 and output == ""
     assert len(errors.splitlines()) == 1 and "main.py" in errors
-    assert not (project / "logs" / "log.out").exists()
