@@ -171,6 +171,7 @@ def test_moments_and_their_gradient(count):
     torch.testing.assert_close(mean, values.mean((0, 2, 3)))
     torch.testing.assert_close(variance, values.var((0, 2, 3), unbiased=False))
     assert torch.autograd.gradcheck(main.ChannelMoments.apply, values)
+    assert torch.autograd.gradgradcheck(main.ChannelMoments.apply, values)  # of a penalty, say
 
 
 def test_moments_are_exact_where_the_mean_is_large():

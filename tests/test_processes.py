@@ -45,9 +45,8 @@ def test_stopped_and_resumed_they_end_in_the_same_bits(train_with, tmp_path, cou
 def test_losses_are_those_of_one_process(train_with, train, tmp_path):
     """Where no layer looks at a batch as a whole; shares of 3 images."""
     text = (HOME / "main.py").read_text()
-    old = "    model.train()\n"
-    assert text.count(old) == 1
-    (tmp_path / "main.py").write_text(text.replace(old, "    model.eval()\n"))
+    assert text.count("model.train()") == 1
+    (tmp_path / "main.py").write_text(text.replace("model.train()", "model.eval()"))
     flags = ("--batch-size", 6, "--epochs", 1, "--lr", 0.01, "--momentum", 0.5)
     train_with(2, tmp_path / "two", *flags, program=tmp_path / "main.py")
     train(tmp_path / "one", *flags, program=tmp_path / "main.py")
@@ -61,9 +60,8 @@ def test_losses_are_those_of_one_process(train_with, train, tmp_path):
 
 def test_each_process_has_its_own_dropout(start_processes, small_mnist, tmp_path):
     text = (HOME / "main.py").read_text()
-    old = "    model.train()\n"
-    new = old + "    print(torch.initial_seed(), file=sys.stderr)\n"
-    (tmp_path / "main.py").write_text(text.replace(old, new))
+    new = "print(torch.initial_seed(), file=sys.stderr); model.train()"
+    (tmp_path / "main.py").write_text(text.replace("model.train()", new))
     flags = ("--data-dir", small_mnist, "--log-dir", tmp_path, *FLAGS)
     processes = start_processes(2, *flags, program=tmp_path / "main.py")
     seeds = "".join(end(process).stderr for process in processes).split()

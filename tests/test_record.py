@@ -151,7 +151,7 @@ def resume_to_the_end(train, log_dir, twin):
 
 MOMENTS = [("epoch-00.tmp", 1), ("train.csv", 3), ("test.csv", 5), ("epoch-02.tmp", 1)]
 MOMENTS += [("epoch-02.tmp", 2), ("checkpoint.tmp", 4), ("checkpoint.tmp", 6)]
-MOMENTS += [("*", count) for count in random.Random(KILLS).sample(range(1, 60), KILLS)]
+MOMENTS += [("*", count) for count in random.Random(KILLS).sample(range(1, 35), KILLS)]
 
 
 @pytest.mark.parametrize("name, count", MOMENTS)
