@@ -277,14 +277,6 @@ def test_a_seed_decides_on_all_random_numbers(train, tmp_path):
     assert not np.array_equal(*initial)
 
 
-def test_every_epoch_has_its_own_order_and_dropout():
-    seeds = []
-    for stream in ((1,), (1, 1, 0), (1, 1, 1), (1, 2, 0), (2, 1, 0)):
-        main.seed_everything(*stream)
-        seeds.append(torch.initial_seed())
-    assert len(set(seeds)) == 5
-
-
 @pytest.mark.parametrize("batch_size, step", [(50, 2), (600, 1)])
 def test_a_loss_that_is_not_finite(go, small_mnist, tmp_path, batch_size, step):
     """In training, or only in the test after the last step of an epoch."""
