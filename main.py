@@ -127,11 +127,8 @@ def load_mnist_5k():
 
 
 def normalise(pixels):
-    """Makes images, float32 N x 1 x 28 x 28, of pixels, uint8 N x 28 x 28.
-
-    They are those of torchvision's ToTensor and Normalize, to the bit, but made only once.
-    """
-    images = pixels.unsqueeze(1) / 255
+    """Returns the images, float32 N x 1 x 28 x 28, for pixels, uint8 N x 28 x 28."""
+    images = pixels.unsqueeze(1) / 255  # to the bit as by torchvision's ToTensor and Normalize
     return images.sub_(0.1307).div_(0.3081)  # mean and standard deviation of MNIST's pixels
 
 
@@ -222,11 +219,10 @@ class LeNet(nn.Module):
 
 
 class Schedule:
-    """Decreases the learning rate over the epochs (exercise 3).
+    """Decreases the learning rate of each parameter group of the optimizer (exercise 3).
 
-    `constant` sets each parameter group of the optimizer to its first rate again. `step` sets it to
-    a tenth of that from half of the epochs on, and to a hundredth from three quarters on. `cosine`
-    follows half a wave of the cosine, down to nearly 0.
+    `constant` does not. `step` sets it to a tenth from half of the epochs on, and to a hundredth
+    from three quarters on. `cosine` follows half a wave of the cosine, down to nearly 0.
     """
 
     def __init__(self, optimizer, name, epochs):
@@ -242,9 +238,7 @@ class Schedule:
         progress = self.epochs_done / self.epochs
         factor = 1.0
         if self.name == "step" and progress >= 0.5:
-            factor = 0.1
-        if self.name == "step" and progress >= 0.75:
-            factor = 0.01
+            factor = 0.01 if progress >= 0.75 else 0.1
         if self.name == "cosine":
             factor = (1 + math.cos(math.pi * progress)) / 2
         for group, initial_lr in zip(self.optimizer.param_groups, self.initial_lrs, strict=True):
@@ -712,11 +706,8 @@ def main(argv=None):
     args = parse_arguments(argv)
     device = select_device()
     try:
-        if (
-            WORLD_SIZE > 1
-        ):  # Objects go from CPU to CPU, gradients from GPU to GPU if there are any.
-            backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-            distributed.init_process_group(backend)
+        if WORLD_SIZE > 1:  # What is on CPUs is sent by gloo, gradients from GPU to GPU by nccl.
+            distributed.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
         with closing(Record(args.resume, args.log_dir)) as record:
             run(parse_arguments(argv, record.settings), device, record)
         if WORLD_SIZE > 1:
@@ -727,8 +718,6 @@ def main(argv=None):
         tqdm.write(line, file=sys.stderr)  # not behind the progress bar
         sys.exit(130)
     except OSError as error:
-        if error.errno is None:  # not the operating system's
-            raise
         # That of a full disk names no file: most likely it was one of the run.
         sys.exit(f"main.py: error: {error.filename or args.log_dir}: {error.strerror}")
 
