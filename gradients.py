@@ -41,6 +41,32 @@ from main import (
 SAMPLE = 100  # mini-batches: enough for a percentile, and 53 MB of gradients
 
 
+def gradient(model, data, target):
+    """Returns the gradient of the mean loss over a batch of images: P values."""
+    model.zero_grad()
+    output = model(data)
+    loss = nn.functional.cross_entropy(output, target)
+    loss.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def true_gradient(model, batches):
+    """Returns the true gradient G: that of the mean loss over all images, in eval mode."""
+    model.eval()
+    total = 0
+    images = 0
+    for data, target in batches:
+        total += len(data) * gradient(model, data, target)
+        images += len(data)
+    return total / images
+
+
+def mini_batch_gradients(model, mini_batches, mode):
+    """Returns the gradients g of K mini-batches as the rows of a matrix, K x P."""
+    model.train(mode == "train")
+    return torch.stack([gradient(model, data, target) for data, target in mini_batches])
+
+
 class ArrayUnpickler(pickle.Unpickler):
     """Reads pickled numpy arrays, and refuses all else.
 
@@ -83,32 +109,6 @@ def load_model(path, dropout, device):
     return model.to(device)
 
 
-def gradient(model, data, target):
-    """Returns the gradient of the mean loss over a batch of images: P values."""
-    model.zero_grad()
-    output = model(data)
-    loss = nn.functional.cross_entropy(output, target)
-    loss.backward()
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-
-
-def true_gradient(model, batches):
-    """Returns the true gradient G: that of the mean loss over all images, in eval mode."""
-    model.eval()
-    total = 0
-    images = 0
-    for data, target in batches:
-        total += len(data) * gradient(model, data, target)
-        images += len(data)
-    return total / images
-
-
-def mini_batch_gradients(model, mini_batches, mode):
-    """Returns the gradients g of K mini-batches as the rows of a matrix, K x P."""
-    model.train(mode == "train")
-    return torch.stack([gradient(model, data, target) for data, target in mini_batches])
-
-
 def compare(true, gradients, batch_size):
     """Compares K x P mini-batch gradients g with the true gradient G. Returns a dict:
 
@@ -116,7 +116,6 @@ def compare(true, gradients, batch_size):
     norm_...         |g|, in nats per unit of parameter
     cosine_...       the cosine of the angle between g and G
     distance_...     |g - G| / |G|
-    mean_distance    |m - G| / |G|, where m is the mean of the g
     noise_scale      the gradient noise scale, in images
 
     The three dots stand for mean, p5 and p95: the mean, the 5th and the 95th percentile.
@@ -133,7 +132,6 @@ def compare(true, gradients, batch_size):
         row[f"{name}_mean"] = values.mean().item()
         row[f"{name}_p5"] = values.quantile(0.05).item()
         row[f"{name}_p95"] = values.quantile(0.95).item()
-    row["mean_distance"] = ((gradients.mean(dim=0) - true).norm() / true_norm).item()
     row["noise_scale"] = noise_scale(true, gradients, batch_size)
     return row
 

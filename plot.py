@@ -19,9 +19,9 @@ def read_table(path, columns):
     """Returns the csv file as a table with at least these columns, perhaps without a row."""
     try:
         text = path.read_text()
-        # While the run goes on, its last line may be half written, or the first not yet there.
-        whole_lines = text[: text.rfind("\n") + 1] or ",".join(columns)
-        table = pd.read_csv(io.StringIO(whole_lines))
+        text = text[: text.rfind("\n") + 1]  # While the run goes on, a line may be half written,
+        text = text or ",".join(columns)  # or none be there yet.
+        table = pd.read_csv(io.StringIO(text))
         table[columns].astype(float)
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"plot.py: error: {path} is not a table of main.py's: {error}")
@@ -75,25 +75,25 @@ def draw(runs, labels):
     axes[-1, 0].set_xlabel("epoch" if in_epochs else "step")
     for number, ((train, test), label) in enumerate(zip(runs, labels, strict=True)):
         # Runs with other batch sizes can be compared by epochs, but not by steps.
-        steps = test.step.iloc[-1] / test.epoch.iloc[-1] if in_epochs else 1
-        draw_run(panels, train, test, steps, label, number)
+        unit = test.step.iloc[-1] / test.epoch.iloc[-1] if in_epochs else 1
+        draw_run(panels, train, test, unit, label, number)
     if len(runs) > 1:
         figure.legend(loc="outside upper center", ncols=2 if len(runs) > 3 else 1)
     return figure
 
 
-def draw_run(panels, train, test, steps, label, number):
-    """Draws the curves of a run. The unit of the x axis is so many steps."""
+def draw_run(panels, train, test, unit, label, number):
+    """Draws the curves of a run. The unit of the x axis is so many steps: an epoch, or one."""
     colour = f"C{number % 10}"
     look = {"color": colour, "marker": "osD^vPX*"[number % 8], "markersize": 5}
-    times = train.step / steps
+    times = train.step / unit
     window = min(50, 1 + len(train) // 10)  # steps
     mean = train.loss.rolling(window, center=True, min_periods=1).mean()
     panels["training loss"].plot(times, train.loss, color=colour, alpha=0.2, linewidth=0.5)
     panels["training loss"].plot(times, mean, markevery=0.2, label=label, **look)
     if len(test) > 0:
-        panels["test loss"].plot(test.step / steps, test.loss, **look)
-        panels["test accuracy (%)"].plot(test.step / steps, test.accuracy, **look)
+        panels["test loss"].plot(test.step / unit, test.loss, **look)
+        panels["test accuracy (%)"].plot(test.step / unit, test.accuracy, **look)
     if "learning rate" in panels:
         panels["learning rate"].plot(times, train.lr, markevery=0.2, **look)
 

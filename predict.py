@@ -28,7 +28,7 @@ def read(model, images):
 
 
 def load_picture(path):
-    """Returns the digit in a picture, made as MNIST's own [1]: uint8, 28 x 28.
+    """Returns the digit in a picture, made as those of MNIST [1]: uint8, 28 x 28.
 
     It is scaled to fit into 20 x 20 pixels, with its proportions kept, and put into 28 x 28 pixels
     so that its centre of mass comes to the middle. Raises ValueError if the picture is empty.
@@ -36,7 +36,7 @@ def load_picture(path):
     grey = ImageOps.exif_transpose(Image.open(path)).convert("L")
     darkest, lightest = grey.getextrema()
     if lightest - darkest < 50:  # of 255
-        raise ValueError("there is nothing on it")
+        raise ValueError("the picture is blank")
     pixels = np.asarray(grey)
     edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     if np.median(edges) > (darkest + lightest) / 2:  # dark on light
@@ -114,9 +114,9 @@ def main(argv=None):
     run = args.run or newest_run("logs")
     if run is None:
         sys.exit("predict.py: error: there is no run in ./logs: run main.py first")
+    model = LeNet()
     try:
         checkpoint = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-        model = LeNet()
         model.load_state_dict(checkpoint["states"]["model"])
     except Exception as error:  # as above
         sys.exit(f"predict.py: error: {run} has no network that can be read: {error!r}")

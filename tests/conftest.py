@@ -188,13 +188,13 @@ def read_by_hand(data_dir, part):
 
 @pytest.fixture(scope="session")
 def small_mnist(tmp_path_factory):
-    """A data dir that holds 600 training and 200 test images in MNIST's own files."""
+    """A data dir that holds 600 training and 300 test images in MNIST's own files."""
     folder = tmp_path_factory.mktemp("data")
     images, labels = mnist_data()
     order = np.random.default_rng(0).permutation(len(labels))
     images, labels = images.reshape(-1, 28, 28)[order], labels[order]
     write_idx(folder / "MNIST" / "raw", "train", images[:600], labels[:600])
-    write_idx(folder / "MNIST" / "raw", "t10k", images[600:800], labels[600:800])
+    write_idx(folder / "MNIST" / "raw", "t10k", images[600:900], labels[600:900])
     return folder
 
 

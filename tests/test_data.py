@@ -39,7 +39,7 @@ def test_images_are_those_of_torchvision(small_mnist):
     assert name == "mnist"
     for (images, labels), training in zip(parts, (True, False), strict=True):
         expected = datasets.MNIST(small_mnist, training, transforms.Compose(steps))
-        assert len(images) == len(labels) == len(expected) == (600 if training else 200)
+        assert len(images) == len(labels) == len(expected) == (600 if training else 300)
         assert images.dtype == torch.float32 and labels.dtype == torch.int64
         for i in range(0, len(expected), 7):
             image, label = expected[i]

@@ -65,7 +65,7 @@ def test_test_digits_are_read_as_by_a_plain_network(go, logs, small_mnist):
         digits = plain_with(read_params(logs / "run-1", 8).values()).eval()(images).argmax(1)
     wrong = digits != labels
     assert finished.stdout.startswith(
-        f"Accuracy: {100 - 100 * wrong.double().mean().item():.2f}% of 200 test digits\n"
+        f"Accuracy: {100 - 100 * wrong.double().mean().item():.2f}% of 300 test digits\n"
     )
     expected = Counter(zip(labels[wrong].tolist(), digits[wrong].tolist(), strict=True))
     found = re.findall(r"^(\d) read as (\d): (\d+) times?$", finished.stdout, re.MULTILINE)

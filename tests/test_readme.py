@@ -124,19 +124,9 @@ def test_functions_are_those_of_main():
             assert hasattr(main, name), name
 
 
-def anchors(text):
-    """The names that GitHub gives to the headings of a page, to link to them."""
-    headings = re.findall(r"^#+ (.+)$", text.lower(), re.MULTILINE)
-    return [re.sub(r"[^\w -]", "", heading).replace(" ", "-") for heading in headings]
-
-
 def test_what_is_shown_and_linked_is_there():
     for page, text in PAGES.items():
         for target in re.findall(r"\]\(([^)]+)\)", text):
             if target.startswith(("http://", "https://")):
                 continue
-            name, _, anchor = target.partition("#")
-            linked = Path(page.parent / name)
-            assert linked.is_file(), target
-            if anchor:
-                assert anchor in anchors(linked.read_text()), target
+            assert Path(page.parent, target.partition("#")[0]).is_file(), target
