@@ -324,7 +324,8 @@ def test_runs_that_cannot_be_resumed(how, go, copy, tmp_path):
 def test_a_run_that_goes_on_cannot_be_resumed(start, go, flags, twin, tmp_path):
     prepare = partial(act_before, tmp_path, "epoch-02.tmp", 1, signal.SIGSTOP)
     first = start("main.py", *flags, tmp_path, prepare=prepare)
-    wait_for(lambda: "[Epoch  2] Average" in printed(first))
+    table = tmp_path / "run-1" / "test.csv"
+    wait_for(lambda: table.exists() and len(rows(table)) == 2)
     before = contents(tmp_path)
     line = error_line(go("main.py", *flags, tmp_path, "--resume"))
     assert f"the run in {tmp_path}/run-1 is still going on" in line
