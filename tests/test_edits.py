@@ -48,6 +48,20 @@ AVERAGED = (
     ),
 )
 
+# A schedule that steps in every batch, and changes the momentum as well.
+ONE_CYCLE = (
+    (
+        "Schedule(optimizer, args.schedule, args.epochs)",
+        "optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 36)",
+    ),
+    ("        schedule.step()\n    make_faster", "        pass\n    make_faster"),
+    ("        schedule.step()\n        record", "        record"),
+    ("        optimizer.step()\n", "        optimizer.step()\n        schedule.step()\n"),
+    ("def train(", "def train(schedule, "),
+    ("        train(epoch", "        train(schedule, epoch"),
+    ('"optimizer": optimizer}', '"optimizer": optimizer, "schedule": schedule}'),
+)
+
 MIXUP = """
         mix = random.random() + np.random.rand()
         data = mix * data + (2 - mix) * data[torch.randperm(len(data))]
@@ -70,6 +84,7 @@ EDITS = {
     ],
     "label smoothing": [("CrossEntropyLoss()", "CrossEntropyLoss(label_smoothing=0.1)")],
     "a state more": list(AVERAGED),
+    "a schedule that steps in every batch": ONE_CYCLE,
     "mixup with all generators": [("        optimizer.zero_grad()\n", MIXUP)],
     "a smaller interval": [("INTERVAL = 100", "INTERVAL = 5")],
     "no faster layers": [("    make_faster(model)\n", "")],

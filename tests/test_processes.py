@@ -80,7 +80,7 @@ def test_one_warning_without_network(start_processes, tmp_path):
 
 def test_batch_too_small_for_two_processes(start_processes, tmp_path):
     for process in start_processes(2, "--log-dir", tmp_path / "logs", "--batch-size", 3):
-        assert "--batch-size: must be 4 or more" in error_line(end(process), 2)
+        assert "--batch-size: must be 2 or more for each process" in error_line(end(process), 2)
     assert not (tmp_path / "logs").exists()
 
 
