@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import runpy
+import signal
 import socket
 import sys
 import time
@@ -48,6 +49,8 @@ def be_python(program, arguments, output, environ, cwd, prepare):
     os.chdir(cwd)
     sys.argv = [str(program), *arguments]
     sys.path.insert(0, str(Path(program).parent))
+    # It is ignored where the tests run in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if prepare is not None:
         prepare()
     runpy.run_path(str(program), run_name="__main__")
