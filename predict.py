@@ -37,11 +37,9 @@ def load_picture(path):
     darkest, lightest = grey.getextrema()
     if lightest - darkest < 50:  # of 255
         raise ValueError("the picture is blank")
-    pixels = np.asarray(grey)
-    edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    if np.median(edges) > (darkest + lightest) / 2:  # dark on light
+    # At least half of the picture is paper. It becomes 0, and the strongest ink 255.
+    if np.median(grey) > (darkest + lightest) / 2:  # dark on light
         grey = ImageOps.invert(grey)
-    # The paper, at least half of the picture, becomes 0, and the strongest ink 255.
     ink = ImageOps.autocontrast(grey, cutoff=(50, 0))
     ink = ink.point(lambda value: value if value >= 128 else 0)
     left, top, right, bottom = ink.getbbox()
@@ -73,7 +71,7 @@ def read_test_digits(model, run):
     settings = json.loads((run / "settings.json").read_text())
     _, _, (images, labels) = load_dataset(settings["dataset"], settings["data_dir"])
     results = zip(images[:, 0], labels.tolist(), *read(model, images), strict=True)
-    mistakes = [result for result in results if result[1] != result[2]]
+    mistakes = [result for result in results if result[1] != result[2]]  # label and digit
     print(f"Accuracy: {100 * (1 - len(mistakes) / len(labels)):.2f}% of {len(labels)} test digits")
     confusions = Counter((label, digit) for _, label, digit, _ in mistakes)
     for (label, digit), count in confusions.most_common(10):
@@ -85,7 +83,7 @@ def read_test_digits(model, run):
 
 
 def read_pictures(model, run, paths):
-    """Prints what is read in pictures, draws what the network sees, and returns their number."""
+    """Prints what is read in pictures, draws what the network saw, and returns their number."""
     images = {}
     for path in paths:
         try:
@@ -94,13 +92,11 @@ def read_pictures(model, run, paths):
             print(f"predict.py: error: {path}: {error}", file=sys.stderr)
     if images:
         pixels = torch.tensor(np.stack(list(images.values())))
-        digits, percents = read(model, normalise(pixels))
-        lines = [
-            f"{digit} ({percent:.1f} %)" for digit, percent in zip(digits, percents, strict=True)
-        ]
-        for path, line in zip(images, lines, strict=True):
-            print(f"{path}: {line}")
-        draw(pixels, lines, run / "pictures.png")
+        titles = []
+        for path, digit, percent in zip(images, *read(model, normalise(pixels)), strict=True):
+            titles.append(f"{digit} ({percent:.1f} %)")
+            print(f"{path}: {titles[-1]}")
+        draw(pixels, titles, run / "pictures.png")
         print(f"What the network saw of them is in {run / 'pictures.png'}")
     return len(images)
 

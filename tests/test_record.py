@@ -342,7 +342,7 @@ def test_two_starts_at_once_get_two_folders(start, flags, twin, tmp_path):
 
 def test_main_leaves_no_lock_behind(small_mnist, tmp_path, capsys, monkeypatch):
     """After an interruption in a notebook, say, where the process goes on."""
-    monkeypatch.setattr(main, "test", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(main, "test", lambda *arguments: signal.default_int_handler(2, None))
     flags = ["--data-dir", str(small_mnist), "--log-dir", str(tmp_path), *map(str, FLAGS)]
     with pytest.raises(SystemExit) as stop:
         main.main(flags)
