@@ -3,12 +3,11 @@
 import io
 import pickle
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import error_line, plain_with, read_by_hand, read_params, rows
+from conftest import Hostile, error_line, plain_with, read_by_hand, read_params, rows
 from torch import nn
 
 import gradients
@@ -136,16 +135,6 @@ def test_load_parameters_gives_what_was_stored(run):
     for name, array in arrays.items():
         assert array.dtype == np.float32 and array.shape == expected[name].shape
         assert np.array_equal(array, expected[name]), name
-
-
-class Hostile:
-    """What leaves a file behind if it is unpickled as pickle.load would."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 def test_load_parameters_runs_no_code(tmp_path):

@@ -106,16 +106,6 @@ def test_labels_are_the_settings_that_differ(tmp_path, settings, labels):
     assert plot.label_runs(folders) == expected
 
 
-def test_eight_runs_can_be_told_apart(tmp_path):
-    folders = [make_run(tmp_path / f"{seed}", seed=seed) for seed in range(8)]
-    figure = plot.draw([plot.read_run(folder) for folder in folders], plot.label_runs(folders))
-    lines = panels(figure)["test loss"].lines
-    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 8
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == [f"seed {n}" for n in range(8)]
-    plt.close("all")
-
-
 def test_what_cannot_be_drawn_is_one_line(go, tmp_path):
     assert "no run in ./logs" in error_line(go("plot.py", cwd=tmp_path))
     run = make_run(tmp_path / "run")

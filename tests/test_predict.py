@@ -4,7 +4,6 @@ import re
 import shutil
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from conftest import error_line, plain_with, read_by_hand, read_params
@@ -112,16 +111,3 @@ def test_runs_that_cannot_be_read(go, logs, tmp_path):
     broken = shutil.copytree(logs / "run-1", tmp_path / "broken")
     (broken / "checkpoint.pt").write_text("hello")
     assert str(broken) in error_line(go("predict.py", "--run", broken))
-
-
-def test_a_digit_comes_to_the_middle(tmp_path):
-    import predict
-
-    for digit in DIGITS:
-        image = predict.load_picture(draw_digit(tmp_path, digit, **LOOKS["large, in a corner"]))
-        assert image.shape == (28, 28) and image.dtype == np.uint8 and image.max() > 200
-        weights = image / image.sum()
-        centre = weights.sum(0) @ np.arange(28), weights.sum(1) @ np.arange(28)
-        assert centre == pytest.approx((14, 14), abs=0.6)
-        inked = np.argwhere(image > 128)
-        assert 18 <= np.ptp(inked, axis=0).max() + 1 <= 20  # the height, or the width

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FLAGS, checksum, end, error_line, printed, read_params, rows, wait_for
+from conftest import FLAGS, Hostile, checksum, end, error_line, printed, read_params, rows, wait_for
 
 import main
 
@@ -272,17 +272,10 @@ def test_resume_under_a_schedule(schedule, epochs, train, go, flags, tmp_path):
     assert checksum(train(tmp_path / "stopped", "--resume")) == expected
 
 
-class Hostile:
-    """What leaves a file behind if it is unpickled without care."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("touched"),)
-
-
 SPOIL = {
     "empty": lambda run: (run / "checkpoint.pt").write_bytes(b""),
     "text": lambda run: (run / "checkpoint.pt").write_text("hello\n"),
-    "hostile": lambda run: torch.save({"lengths": Hostile()}, run / "checkpoint.pt"),
+    "hostile": lambda run: torch.save({"lengths": Hostile(Path("touched"))}, run / "checkpoint.pt"),
     "foreign": lambda run: torch.save({"model": torch.zeros(3)}, run / "checkpoint.pt"),
     "no settings": lambda run: (run / "settings.json").unlink(),
     "broken settings": lambda run: (run / "settings.json").write_text("{"),
