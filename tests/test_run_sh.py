@@ -35,6 +35,11 @@ def print_arguments(folder, **options):
     use_python(folder, 'printf "%s\\n" "GPUs $CUDA_VISIBLE_DEVICES" "$@"', **options)
 
 
+def take_hangups():
+    """As in a terminal, even if the tests themselves are to survive a dropped connection."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(project):
     """Starts run.sh in a process group of its own, and leaves nothing running."""
@@ -44,6 +49,7 @@ def start(project):
         env = os.environ | {name: str(value) for name, value in settings.items()}
         command = [*shell, project / "run.sh", *arguments]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        options["preexec_fn"] = take_hangups
         process = subprocess.Popen(command, env=env, cwd=cwd, start_new_session=True, **options)
         started.append(process)
         return process
