@@ -319,6 +319,7 @@ def test_a_run_that_goes_on_cannot_be_resumed(start, go, flags, twin, tmp_path):
     first = start("main.py", *flags, tmp_path, prepare=prepare)
     table = tmp_path / "run-1" / "test.csv"
     wait_for(lambda: table.exists() and len(rows(table)) == 2)
+    assert "[Epoch  2] Average" in printed(first)  # Each line is there at once.
     before = contents(tmp_path)
     line = error_line(go("main.py", *flags, tmp_path, "--resume"))
     assert f"the run in {tmp_path}/run-1 is still going on" in line
