@@ -20,6 +20,8 @@ from types import SimpleNamespace
 
 # Tests run side by side, and the threads of PyTorch would wait for each other's cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The programs see to it themselves that a log has each line at once.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 import numpy as np
 import pytest
