@@ -47,7 +47,7 @@ def gradient(model, data, target):
     output = model(data)
     loss = nn.functional.cross_entropy(output, target)
     loss.backward()
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def true_gradient(model, batches):
@@ -93,7 +93,7 @@ def load_parameters(path):
     try:
         parameters = ArrayUnpickler(io.BytesIO(Path(path).read_bytes())).load()
         return {name: np.asarray(parameters[name], dtype=np.float32) for name in parameters}
-    except Exception as error:  # Foreign bytes can raise nearly anything.
+    except Exception as error:  # Damaged files can raise nearly anything.
         sys.exit(f"gradients.py: error: {path} cannot be read as parameters ({error!r})")
 
 

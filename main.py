@@ -98,7 +98,7 @@ def load_dataset(name, data_dir):
         for part in (train, test):
             if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
                 raise ValueError("not a label from 0 to 9 for each image of 28 x 28")
-    except Exception as error:  # Foreign bytes in the files can raise nearly anything.
+    except Exception as error:  # Damaged files can raise nearly anything.
         if name == "auto" and was_empty and isinstance(error, (OSError, RuntimeError)):
             warning = f"{raw} is empty, and the download failed: TRAINING ON MNIST-5K INSTEAD"
             print(f"main.py: warning: {warning} ({error!r})", file=sys.stderr)
@@ -147,7 +147,7 @@ class Loader:
         self.epoch = 0  # `run` sets it, and with it the order.
 
     def __len__(self):
-        # Batch norm needs two images in each process. A smaller last batch joins the one before.
+        # Batch norm needs two images in each process. A last batch with fewer joins the one before.
         return max(len(self.images) - 2 * WORLD_SIZE, 0) // self.batch_size + 1
 
     def __iter__(self):
@@ -212,9 +212,9 @@ class LeNet(nn.Module):
 
 
 class Schedule:
-    """Decreases the learning rate of each parameter group of the optimizer (exercise 3).
+    """Sets the learning rate of each parameter group of the optimizer (exercise 3).
 
-    `constant` does not. `step` sets it to a tenth from half of the epochs on, and to a hundredth
+    `constant` keeps it. `step` sets it to a tenth from half of the epochs on, and to a hundredth
     from three quarters on. `cosine` follows half a wave of the cosine, down to nearly 0.
     """
 
@@ -251,9 +251,9 @@ def train(epoch, model, loss_function, optimizer, train_loader, record):
         loss = average(loss.detach())  # over several processes, if there are any
         record.step += 1
         lr = optimizer.param_groups[0]["lr"]
-        # A number, or a tensor of one element, that you add here in every step is a column more.
+        # Add a value here, a number or a tensor of one element, to get one more column.
         record.add("train.csv", step=record.step, epoch=epoch, batch=batch_ix, lr=lr, loss=loss)
-        # A GPU works on while the next steps are prepared. To read a loss is to wait for it.
+        # A GPU works behind Python, which has to wait for it whenever a loss is read.
         if batch_ix % INTERVAL == 0 and batch_ix > 0:
             record.write("train.csv")  # It exits if a loss is not finite.
             bar.write(f"[Epoch {epoch:2}, batch {batch_ix:3}] training loss: {loss.item():.4f}")
@@ -300,22 +300,22 @@ def run(args, device, record):
     make_faster(model)
     parallel_model = parallelise(model, train_set[0][:2].to(device))
 
-    # Saved, and restored in a run that is resumed. Add what else has a state_dict(), such as a
-    # moving average of the model, or a schedule that steps in another way than once an epoch (and
-    # take out the two lines above that step through the epochs).
+    # What a resumed run gets back. Add any other object with a state_dict(), such as a moving
+    # average of the model, or a schedule that does not step once an epoch. (In that case, delete
+    # the loop of schedule.step() above.)
     states = {"model": model, "optimizer": optimizer}
     record.begin(args.log_dir, states)  # From here on there is a record.folder.
     for epoch in range(record.epoch + 1, args.epochs + 1):
         train_loader.epoch = epoch
-        seed_everything(args.seed, epoch, RANK)  # for dropout
+        seed_everything(args.seed, epoch, RANK)  # for dropout, and what else is random
         train(epoch, parallel_model, loss_function, optimizer, train_loader, record)
         test_loss, accuracy = in_first_process(test, epoch, model, loss_function, test_loader)
         lr = optimizer.param_groups[0]["lr"]
         result = {"loss": test_loss, "accuracy": accuracy}
         record.add("test.csv", epoch=epoch, step=record.step, lr=lr, **result)
         schedule.step()
+        # To stop early, decide on it here, where what is in states is saved, and `break` below.
         record.save(epoch, states)
-        # To stop early, `break` here. What decides on it in a resumed run belongs in states.
     checksum = in_first_process(record.checksum)
     seconds = time.monotonic() - started
     print(f"Done in {seconds:.1f} s; the record is in {record.folder} (sha256 {checksum})")
@@ -323,8 +323,8 @@ def run(args, device, record):
 
 # 2. The same, but faster -------------------------------------------------------------------------
 #
-# Each layer checks at every call that it still is the guide's, and does what PyTorch does if not:
-# change the model at will. The gains are those on two cores of an AMD EPYC.
+# Each layer checks at every call that its settings are still the guide's, and otherwise does what
+# PyTorch does: change the model at will. The gains are those on two cores of an AMD EPYC.
 
 
 def make_faster(model):
@@ -358,9 +358,9 @@ def is_guides_convbn(block):
 class FasterConvBN(nn.Sequential):
     """The guide's convbn on a CPU: a step takes a quarter less time.
 
-    A maximum stays one when all values are scaled by the same positive number, shifted, and cut off
-    at 0. So pooling comes first, and leaves a ninth or a quarter of the values to do. And a bias is
-    left out, since batch norm takes away the mean.
+    Scaling by a positive number, shifting and ReLU do not change which value is the largest. So
+    pooling comes first, and leaves a ninth or a quarter of the values to do. And the bias is left
+    out, since batch norm takes away the mean.
     """
 
     def forward(self, x):
@@ -439,7 +439,7 @@ class FasterDropout(nn.Dropout):
 
 
 class Record:
-    """The files of a run, in a folder of its own, LOG_DIR/run-N. No other code knows them.
+    """The files of a run, in a folder of its own, LOG_DIR/run-N. No other code writes them.
 
     settings.json          the flags
     train.csv              a row for each step of the optimizer; the step counts from 1
@@ -449,15 +449,15 @@ class Record:
     checkpoint.pt          what it takes to go on after the last epoch that was finished
     .lock                  locked as long as the run goes on
 
-    When a run is resumed, rows that its checkpoint does not know are cut off, and written again. Of
-    several processes, the first one alone handles the files.
+    When a run is resumed, rows that were written after its checkpoint are cut off. Of several
+    processes, the first one alone handles the files.
     """
 
     def __init__(self, resume, log_dir):
         """Opens the run that --resume means. If there is none, `begin` makes a new one."""
         self.folder = None
         self.lock = None
-        self.rows = {"train.csv": [], "test.csv": []}  # not yet written
+        self.rows = {"train.csv": [], "test.csv": []}  # not yet written; another table goes here
         self.settings, self.checkpoint = in_first_process(self.read, resume, log_dir)
         self.epoch = self.checkpoint["epoch"]  # the last one that was finished
         self.step = self.checkpoint["step"]  # the last one that was taken
@@ -480,7 +480,7 @@ class Record:
                 path = self.folder / name
                 if path.stat().st_size < length:
                     raise ValueError("it has lost rows")
-        except Exception as error:  # Foreign bytes can raise nearly anything.
+        except Exception as error:  # Damaged files can raise nearly anything.
             sys.exit(f"main.py: error: {path} is missing or broken: leave out --resume ({error!r})")
         return settings, checkpoint
 
@@ -561,7 +561,7 @@ class Record:
             table.flush()
             os.fsync(table.fileno())
         for row in rows:
-            if not math.isfinite(row["loss"]):
+            if not math.isfinite(row.get("loss", 0)):
                 place = f"step {row['step']:.0f}, epoch {row['epoch']:.0f}"
                 sys.exit(f"main.py: error: loss {row['loss']:f} in {place}: lower --lr")
 
@@ -655,9 +655,9 @@ def parallelise(model, images):
     # The weights of a single input channel may lie in memory in two ways that come to the same.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     parallel_model = DistributedDataParallel(model)
-    # After its first backward pass it reorders its sums, which changes their rounding. That pass is
-    # made here, for nothing, or a resumed run would end in other bits. In evaluation mode it draws
-    # no random numbers, and leaves batch norm's statistics alone.
+    # After its first backward pass it reorders its sums, which changes their rounding, so that a
+    # resumed run would end in other bits. This is that pass; its result is thrown away. In
+    # evaluation mode it draws no random numbers, and leaves batch norm's statistics alone.
     parallel_model.eval()
     parallel_model(images).sum().backward()
     model.zero_grad()
@@ -687,7 +687,7 @@ def select_device():
 def main(argv=None):
     """Runs the program. Exits with status 2 if a flag makes no sense, 130 after Ctrl-C or a kill,
     and 1, with a line that says why, if something else fails that can be expected to fail."""
-    args = parse_arguments(argv)  # for --resume and --log-dir; then again with a run's own flags
+    args = parse_arguments(argv)  # for --resume and --log-dir; below again, with a run's flags
     device = select_device()
     try:
         if WORLD_SIZE > 1:

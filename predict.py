@@ -88,7 +88,7 @@ def read_pictures(model, run, paths):
     for path in paths:
         try:
             images[path] = load_picture(path)
-        except Exception as error:  # Foreign bytes can raise nearly anything.
+        except Exception as error:  # Damaged files can raise nearly anything.
             print(f"predict.py: error: {path}: {error}", file=sys.stderr)
     if images:
         pixels = torch.tensor(np.stack(list(images.values())))

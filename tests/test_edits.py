@@ -42,10 +42,7 @@ TWO_GROUPS = """optim.SGD(
 AVERAGED = (
     ('"optimizer": optimizer}', '"optimizer": optimizer, "ema": ema}'),
     ("    states = {", "    ema = optim.swa_utils.AveragedModel(model)\n    states = {"),
-    (
-        "        schedule.step()\n        record",
-        "        ema.update_parameters(model)\n        record",
-    ),
+    ("        # To stop early", "        ema.update_parameters(model)\n        # To stop early"),
 )
 
 # A schedule that steps in every batch, and changes the momentum as well.
@@ -55,7 +52,7 @@ ONE_CYCLE = (
         "optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 36)",
     ),
     ("        schedule.step()\n    make_faster", "        pass\n    make_faster"),
-    ("        schedule.step()\n        record", "        record"),
+    ("        schedule.step()\n        # To stop", "        # To stop"),
     ("        optimizer.step()\n", "        optimizer.step()\n        schedule.step()\n"),
     ("def train(", "def train(schedule, "),
     ("        train(epoch", "        train(schedule, epoch"),
@@ -182,10 +179,8 @@ def test_a_mistake_keeps_its_traceback(edited, go, small_mnist, tmp_path):
 
 
 def test_a_break_ends_all_processes(edited, start_processes, small_mnist, tmp_path):
-    end_of_epoch = "        # To stop early, `break` here"
-    program = edited(
-        (end_of_epoch, "        if accuracy > 20:\n            break\n" + end_of_epoch)
-    )
+    save = "        record.save(epoch, states)\n"
+    program = edited((save, save + "        if accuracy > 20:\n            break\n"))
     flags = ("--data-dir", small_mnist, "--log-dir", tmp_path / "logs", *FLAGS, "--epochs", 50)
     for process in start_processes(2, *flags, program=program):
         finished = end(process)
