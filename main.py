@@ -571,10 +571,8 @@ class Record:
             line += f", since {last} was stopped before its first checkpoint"
         print(line, file=sys.stderr)
         if checkpoint["machine"] != describe_machine():
-            line = (
-                f"main.py: on another machine ({checkpoint['machine']}) sums were rounded otherwise"
-            )
-            print(line, file=sys.stderr)
+            line = "main.py: sums may be rounded differently on this machine. Before, it was"
+            print(line, checkpoint["machine"], file=sys.stderr)
         return flags, checkpoint
 
     def lock_folder(self, folder):
