@@ -1,10 +1,11 @@
 """Time the guide's loop, a fair rival and main.py side by side on this machine. It is not a test.
 
     python tests/benchmark.py               # the speed of each, and of main.py without each measure
+    python tests/benchmark.py --busy 4      # the same beside four programs that keep a CPU busy
     python tests/benchmark.py --accuracy    # after ten epochs, over seeds and schedules
 
-Both need MNIST in ./data, or in --data-dir, and a machine that has nothing else to do. They print
-tables for the README.
+They need MNIST in ./data, or in --data-dir, and a machine that has nothing else to do. They print
+tables for the README. All programs run on the CPU.
 
 Speed. A round is one process of each program, one after the other, which trains LeNet at the
 guide's settings for two epochs and tests it after each of them. The time of a step is that of the
@@ -13,6 +14,7 @@ compares two programs of the same round; the table has the median of all rounds,
 
 - The guide's loop is the guide's program in today's PyTorch.
 - The rival is the same model and loop, on images that are normalised once and then indexed.
+- The rival in channels_last has its weights in the order in memory that CPUs convolve fastest.
 - main.py without a measure of its part 2 has PyTorch's own way instead.
 """
 
@@ -26,7 +28,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ import main
 
 GUIDE = "the guide's loop"
 RIVAL = "the same on tensors (the rival)"
+CHANNELS_LAST = "the rival in channels_last"
 MAIN = "main.py"
 WITHOUT = [
     "main.py without faster dropout",
@@ -64,10 +66,23 @@ def guides_loaders(data_dir):
     )
 
 
+class TensorLoader:
+    """Yields shuffled batches of images that are normalised once, and then indexed."""
+
+    def __init__(self, pixels, labels, batch_size):
+        self.images = main.normalise(pixels.unsqueeze(1))
+        self.labels = labels
+        self.batch_size = batch_size
+
+    def __iter__(self):
+        for batch in torch.randperm(len(self.images)).split(self.batch_size):
+            yield self.images[batch], self.labels[batch]
+
+
 def tensor_loaders(data_dir):
-    """The same batches of images that are normalised once, as in main.py."""
-    _, train_data, test_data = main.load_dataset("mnist", data_dir)
-    return main.Loader(*train_data, 128, seed=1), main.Loader(*test_data, 1000)
+    """The rival's train_loader and test_loader."""
+    _, training_set, test_set = main.load_dataset("mnist", data_dir)
+    return TensorLoader(*training_set, 128), TensorLoader(*test_set, 1000)
 
 
 def train_as_the_guide(program, data_dir, epochs, seed):
@@ -76,11 +91,12 @@ def train_as_the_guide(program, data_dir, epochs, seed):
     loaders = guides_loaders if program == GUIDE else tensor_loaders
     train_loader, test_loader = loaders(data_dir)
     model = main.LeNet()
+    if program == CHANNELS_LAST:
+        model.to(memory_format=torch.channels_last)
     loss_function = nn.CrossEntropyLoss()
     optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     marks = []
     for epoch in range(1, epochs + 1):
-        train_loader.epoch = epoch
         marks.append(time.monotonic())
         model.train()
         for batch_ix, (data, target) in enumerate(train_loader):
@@ -114,7 +130,7 @@ def test_as_the_guide(model, loss_function, test_loader):
 def train_main(program, data_dir, epochs, seed, schedule="constant"):
     """main.py, perhaps without one of its measures."""
     if program == WITHOUT[0]:
-        main.FasterDropout.forward = nn.Dropout.forward
+        main.DropoutFromBits.forward = nn.Dropout.forward
     if program == WITHOUT[1]:
         main.is_guides_convbn = lambda block: False
     if program == WITHOUT[2]:
@@ -150,9 +166,11 @@ def report(marks, accuracy):
     return {"step": (tested - start) / 469, "test": ended - tested, "accuracy": accuracy}
 
 
-def in_a_process(*details, threads=None):
+def in_a_process(*details):
     """Runs a program in a process and a folder of its own; returns its report, and its seconds."""
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    if details[0] in (GUIDE, RIVAL, CHANNELS_LAST):
+        del environment["GOMP_SPINCOUNT"]  # main.py has set it for itself.
     command = [sys.executable, __file__, "--call", json.dumps(details)]
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
@@ -166,52 +184,64 @@ def in_a_process(*details, threads=None):
 
 
 def compare_speed(args):
-    """Prints the table of all programs."""
-    programs = [GUIDE, RIVAL, MAIN, *WITHOUT]
+    """Prints the table of all programs, perhaps beside others that keep a CPU busy."""
+    programs = [GUIDE, RIVAL, CHANNELS_LAST, MAIN, *([] if args.busy else WITHOUT)]
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.busy)]
     rounds = []
-    for number in range(args.rounds):
-        order = programs if number % 2 == 0 else programs[::-1]
-        rounds.append({name: in_a_process(name, args.data_dir, 2, 1) for name in order})
-        print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
-    print("| program | ms a step | of the guide's | test, s | whole process, 2 epochs, s |")
-    print("| --- | --- | --- | --- | --- |")
+    try:
+        for number in range(args.rounds):
+            order = programs if number % 2 == 0 else programs[::-1]
+            rounds.append({name: in_a_process(name, args.data_dir, 2, 1) for name in order})
+            print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+    finally:
+        for process in busy:
+            process.kill()
+    print("| program | ms a step | of the guide's | of the rival's | test, s | whole process, s |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for name in programs:
         step, test, process = (
             statistics.median(result[name][key] for result in rounds)
             for key in ("step", "test", "process")
         )
-        ratios = sorted(result[name]["step"] / result[GUIDE]["step"] for result in rounds)
-        ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        print(f"| {name} | {1000 * step:.1f} | {ratio} | {test:.2f} | {process:.1f} |")
+        ratios = [ratio_of_steps(rounds, name, other) for other in (GUIDE, RIVAL)]
+        cells = [name, f"{1000 * step:.1f}", *ratios, f"{test:.2f}", f"{process:.1f}"]
+        print(f"| {' | '.join(cells)} |")
+
+
+def ratio_of_steps(rounds, name, other):
+    """Returns the time of a step in terms of that of another program: the median, and the range."""
+    ratios = sorted(result[name]["step"] / result[other]["step"] for result in rounds)
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
 
 def compare_accuracy(args):
-    """Prints the accuracy after ten epochs, of several runs at once with one thread each."""
-    seeds = range(1, args.seeds + 1)
-    rows = [(GUIDE,), (MAIN,), (MAIN, "step"), (MAIN, "cosine")]
-    runs = [(name, args.data_dir, 10, seed, *rest) for name, *rest in rows for seed in seeds]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(lambda run: in_a_process(*run, threads=1)["accuracy"], runs))
+    """Prints the accuracy after ten epochs, of one run after the other."""
     print(f"| program | schedule | mean ± deviation | seeds 1 to {args.seeds} |")
     print("| --- | --- | --- | --- |")
-    for place, (name, *rest) in enumerate(rows):
-        of_row = results[place * len(seeds) :][: len(seeds)]
-        spread = f" ± {statistics.stdev(of_row):.2f}" if len(of_row) > 1 else ""
-        each = ", ".join(f"{accuracy:.2f}" for accuracy in of_row)
-        schedule = rest[0] if rest else "constant"
-        print(f"| {name} | {schedule} | {statistics.mean(of_row):.2f}{spread} | {each} |")
+    for name, *schedule in ((GUIDE,), (MAIN,), (MAIN, "step"), (MAIN, "cosine")):
+        accuracies = []
+        for seed in range(1, args.seeds + 1):
+            details = (name, args.data_dir, 10, seed, *schedule)
+            accuracies.append(in_a_process(*details)["accuracy"])
+        spread = f" ± {statistics.stdev(accuracies):.2f}" if args.seeds > 1 else ""
+        mean = f"{statistics.mean(accuracies):.2f}{spread}"
+        each = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
+        print(
+            f"| {name} | {schedule[0] if schedule else 'constant'} | {mean} | {each} |", flush=True
+        )
 
 
 def parse_and_run():
     parser = argparse.ArgumentParser("benchmark.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", type=os.path.abspath, default="./data", metavar="DIR")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of all programs")
+    parser.add_argument("--busy", type=int, default=0, metavar="N", help="other programs at work")
     parser.add_argument("--accuracy", action="store_true", help="not speed")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="1 to N, for --accuracy")
     parser.add_argument("--call", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.call:
-        function = train_as_the_guide if args.call[0] in (GUIDE, RIVAL) else train_main
+        function = train_main if args.call[0].startswith(MAIN) else train_as_the_guide
         print(json.dumps(function(*args.call)))
         return
     threads = torch.get_num_threads()
