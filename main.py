@@ -813,7 +813,7 @@ def select_device():
 
 def describe_machine():
     """Returns what the results of a run depend on to the last bit, beside its program and flags."""
-    cpu = torch.cpu.get_capabilities()["cpu_name"]
+    cpu = torch.cpu.get_capabilities().get("cpu_name")
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
