@@ -18,10 +18,13 @@ import argparse
 import io
 import itertools
 import json
+import os
 import pickle
+import signal
 import sys
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "agg"  # A notebook sets it to a backend that may not be installed here.
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -45,6 +48,9 @@ def gradient(model, data, target):
     """Returns the gradient of the mean loss over a batch of images: P values."""
     model.zero_grad()
     output = model(data)
+    if getattr(output, "shape", None) != (len(target), 10):
+        reason = "the model's output is not a row of ten logits for each image"
+        sys.exit(f"gradients.py: error: {reason}: compute its own loss in `gradient`")
     loss = nn.functional.cross_entropy(output, target)
     loss.backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -70,8 +76,8 @@ def mini_batch_gradients(model, mini_batches, mode):
 class ArrayUnpickler(pickle.Unpickler):
     """Reads pickled numpy arrays, and refuses all else.
 
-    A pickle names functions that are to be called when it is read. pickle.load calls whatever it
-    names, and so runs any code that somebody has hidden in a file.
+    A pickle names the functions that are to be called when it is read: pickle.load would run
+    whatever somebody has put into it.
     """
 
     # What the pickle of an array calls. The first is _reconstruct, which moves within numpy.
@@ -87,8 +93,8 @@ class ArrayUnpickler(pickle.Unpickler):
 def load_parameters(path):
     """Reads a params/epoch-NN.pkl: a dict from names to float32 numpy arrays.
 
-    Unlike pickle.load, it runs no code that a file of somebody else's may hold. Exits with a line
-    if the file cannot be read, or holds anything else.
+    Unlike pickle.load, it runs no code that the file may hold. Exits with a line if the file cannot
+    be read, or holds anything else.
     """
     try:
         parameters = ArrayUnpickler(io.BytesIO(Path(path).read_bytes())).load()
@@ -141,11 +147,11 @@ def noise_scale(true, gradients, batch_size):
 
     This is the simple noise scale of McCandlish et al. 2018 (arXiv:1812.06162), section 2.2. S is
     the covariance of the gradients of single images, which need not be computed: g is a mean over n
-    of them, and its variance tr(S) / n. (Of n among N images, drawn without replacement, it would be
-    tr(S) (1/n - 1/N). But mini-batches of one epoch share no image. Their covariance, -tr(S) / N,
-    is taken away in the variance among them, so that tr(S) / n is right.)
+    of them, with variance tr(S) / n. (As an epoch of N images uses each just once, its mini-batches
+    have covariance -tr(S) / N, and variance tr(S) (1/n - 1/N): among them it is still tr(S) / n.)
 
-    In train mode, the noise of dropout and of batch norm's statistics is a part of S.
+    In train mode, S includes the noise of dropout and of batch norm's statistics, but G is still
+    the gradient in eval mode.
     """
     trace = batch_size * gradients.var(dim=0).sum()
     return (trace / true.square().sum()).item()
@@ -155,7 +161,8 @@ def conclusion(epoch, scale, batch_size):
     """Returns in two sentences what an epoch's noise scale means.
 
     With the best rate for its batch size, a step lowers the loss in proportion to
-    1 / (1 + noise scale / batch size): McCandlish et al. 2018, section 2.2.
+    1 / (1 + noise scale / batch size): McCandlish et al. 2018, section 2.2. This assumes that the
+    loss is equally curved in all directions, which is only roughly true of a neural network.
     """
     gain = (1 + scale / batch_size) / (1 + scale / (2 * batch_size))
     return (
@@ -188,34 +195,32 @@ def draw(table, title, batch_size):
 
 def compare_epochs(folder, settings, mode):
     """Compares the gradients at every stored epoch; writes the table and the picture of it."""
-    files = sorted((folder / "params").glob("epoch-*.pkl"), key=lambda path: int(path.stem[6:]))
-    if not files:
+    numbers = sorted(int(path.stem[6:]) for path in (folder / "params").glob("epoch-*.pkl"))
+    if not numbers:
         sys.exit(f"gradients.py: error: {folder} has no stored parameters: run main.py first")
     device = select_device()
-    dataset, (images, labels), _ = load_dataset(settings.dataset, settings.data_dir)
-    batches = Loader(images, labels, 250, device)  # for the true gradient: any size will do
+    dataset, (pixels, labels), _ = load_dataset(settings.dataset, settings.data_dir)
+    batches = Loader(pixels, labels, 250, device)  # for the true gradient: any size will do
     batch_size = settings.batch_size
-    shuffled = Loader(images, labels, batch_size, device, settings.seed)
-    sample = itertools.islice(shuffled, SAMPLE)
-    sample = [(data, target) for data, target in sample if len(target) == batch_size]
+    shuffled = Loader(pixels, labels, batch_size, device, settings.seed)
+    sample = [batch for batch in itertools.islice(shuffled, SAMPLE) if len(batch[1]) == batch_size]
     if len(sample) < 2:
-        sys.exit(f"gradients.py: error: --batch-size must be well below {len(images)} images")
+        sys.exit(f"gradients.py: error: --batch-size must be well below {len(pixels)} images")
     title = f"{mode} mode: {len(sample)} mini-batches of {batch_size} against the true gradient"
-    title += f" of {len(images)} images of {dataset}"
+    title += f" of {len(pixels)} images of {dataset}"
     if mode == "train":
         title += f", dropout {settings.dropout}"
     print(title, flush=True)
 
     name = folder / ("gradients" if mode == "eval" else "gradients-train")
     rows = []
-    for file in files:
-        model = load_model(file, settings.dropout, device)
+    for epoch in numbers:
+        path = folder / "params" / f"epoch-{epoch:02}.pkl"
+        model = load_model(path, settings.dropout, device)
         seed_everything(settings.seed)  # for dropout
         true = true_gradient(model, batches)
         gradients = mini_batch_gradients(model, sample, mode)
-        rows.append(
-            {"epoch": int(file.stem[6:]), "mode": mode} | compare(true, gradients, batch_size)
-        )
+        rows.append({"epoch": epoch, "mode": mode} | compare(true, gradients, batch_size))
         table = pd.DataFrame(rows)
         table.to_csv(f"{name}.csv", index=False, float_format="%.9g")
         line = "[Epoch {epoch:2}] true norm: {true_norm:.3g}, mini-batch norm: {norm_mean:.3g},"
@@ -223,7 +228,7 @@ def compare_epochs(folder, settings, mode):
         print(line.format(**rows[-1]), flush=True)
     draw(table, title, batch_size).savefig(f"{name}.png", dpi=120)
     print(f"The table is in {name}.csv, and a picture of it in {name}.png\n")
-    print(conclusion(rows[-1]["epoch"], rows[-1]["noise_scale"], batch_size))
+    print(conclusion(epoch, rows[-1]["noise_scale"], batch_size))
 
 
 def main(argv=None):
@@ -249,4 +254,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # Windows has none.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python gradients.py | head` ends quietly.
     main()

@@ -8,9 +8,12 @@ python plot.py --output curves.pdf      # in any format that matplotlib writes
 import argparse
 import io
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "agg"  # A notebook sets it to a backend that may not be installed here.
 import matplotlib.pyplot as plt
 import pandas as pd
 
@@ -30,36 +33,55 @@ def read_table(path, columns):
 
 def read_run(folder):
     """Returns the two tables of a run, for training and for testing."""
-    train = read_table(folder / "train.csv", ["step", "lr", "loss"])
-    test = read_table(folder / "test.csv", ["epoch", "step", "loss", "accuracy"])
+    # The test comes last in an epoch: read first, it is never ahead of the training.
+    test = read_table(folder / "test.csv", ["epoch", "step", "loss"])
+    train = read_table(folder / "train.csv", ["step", "epoch", "batch", "lr", "loss"])
     if train.empty:
         sys.exit(f"plot.py: error: {folder / 'train.csv'} has no steps yet: wait for the first")
     return train, test
 
 
+def read_settings(folder):
+    """Returns the settings of a run that may matter to its curves: a dict, empty if unknown."""
+    try:
+        settings = json.loads((folder / "settings.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return {name: settings[name] for name in settings if name not in ("resume", "log_dir")}
+
+
 def label_runs(folders):
-    """Returns a label for each run: the settings in which they differ, or else its folder."""
-    settings = []
-    for folder in folders:
-        try:
-            known = json.loads((folder / "settings.json").read_text())
-        except (OSError, ValueError):
-            known = {}
-        settings.append({name: known[name] for name in known if name not in ("resume", "log_dir")})
-    names = dict.fromkeys(name for known in settings for name in known)
-    differing = [name for name in names if len({str(known.get(name)) for known in settings}) > 1]
-    labels = [", ".join(f"{name} {known.get(name)}" for name in differing) for known in settings]
-    return [
-        str(folder) if labels.count(label) > 1 or not known else label
-        for folder, known, label in zip(folders, settings, labels, strict=True)
-    ]
+    """Returns a label for each run: its settings that are not the same in all runs, or its folder."""
+    runs = [read_settings(folder) for folder in folders]
+    labels = []
+    for folder, settings in zip(folders, runs, strict=True):
+        differing = []
+        for name, value in settings.items():
+            if any(other.get(name) != value for other in runs):
+                differing.append(f"{name} {value}")
+        is_unique = differing and runs.count(settings) == 1
+        labels.append(", ".join(differing) if is_unique else str(folder))
+    return labels
+
+
+def epochs_done(train, test):
+    """Returns the epochs done after each step: e - 1 + (b + 1) / n after batch b of n of epoch e."""
+    # Epochs differ in their number of batches if a run was resumed with another batch size.
+    batches = train.groupby("epoch").batch.max() + 1
+    if test.epoch.iloc[-1] < train.epoch.iloc[-1]:
+        # The last epoch is still going on: most likely it will have as many as the one before.
+        batches.iloc[-1] = batches.iloc[-2:].max()
+    return train.epoch - 1 + (train.batch + 1) / train.epoch.map(batches)
 
 
 def draw(runs, labels):
     """Returns a figure of runs, each a pair of tables, with a panel for each kind of curve."""
     names = ["training loss"]
-    if any(len(test) > 0 for _, test in runs):
-        names += ["test loss", "test accuracy (%)"]
+    tests = [test for _, test in runs if len(test) > 0]
+    if tests:
+        names += ["test loss"]
+    if any("accuracy" in test for test in tests):
+        names += ["test accuracy (%)"]
     if any(train.lr.nunique() > 1 for train, _ in runs):
         names += ["learning rate"]
     figure, axes = plt.subplots(
@@ -71,11 +93,10 @@ def draw(runs, labels):
         panel.grid(alpha=0.3)
         if name != "test accuracy (%)":
             panel.set_yscale("log")
-    in_epochs = all(len(test) > 0 for _, test in runs)
-    axes[-1, 0].set_xlabel("epoch" if in_epochs else "step")
+    # Epochs compare runs with other batch sizes, but need one whole epoch of each run.
+    unit = "epoch" if len(tests) == len(runs) else "step"
+    axes[-1, 0].set_xlabel(unit)
     for number, ((train, test), label) in enumerate(zip(runs, labels, strict=True)):
-        # Runs with other batch sizes can be compared by epochs, but not by steps.
-        unit = test.step.iloc[-1] / test.epoch.iloc[-1] if in_epochs else 1
         draw_run(panels, train, test, unit, label, number)
     if len(runs) > 1:
         figure.legend(loc="outside upper center", ncols=2 if len(runs) > 3 else 1)
@@ -83,19 +104,21 @@ def draw(runs, labels):
 
 
 def draw_run(panels, train, test, unit, label, number):
-    """Draws the curves of a run. The unit of the x axis is so many steps: an epoch, or one."""
+    """Draws the curves of a run. The unit of the x axis is "epoch" or "step"."""
+    times = epochs_done(train, test) if unit == "epoch" else train.step
     colour = f"C{number % 10}"
     look = {"color": colour, "marker": "osD^vPX*"[number % 8], "markersize": 5}
-    times = train.step / unit
+    some = len(train) // 5 + 1  # a marker at the first step, even if it is the only one, and a few
     window = min(50, 1 + len(train) // 10)  # steps
     mean = train.loss.rolling(window, center=True, min_periods=1).mean()
     panels["training loss"].plot(times, train.loss, color=colour, alpha=0.2, linewidth=0.5)
-    panels["training loss"].plot(times, mean, markevery=0.2, label=label, **look)
-    if len(test) > 0:
-        panels["test loss"].plot(test.step / unit, test.loss, **look)
-        panels["test accuracy (%)"].plot(test.step / unit, test.accuracy, **look)
+    panels["training loss"].plot(times, mean, markevery=some, label=label, **look)
     if "learning rate" in panels:
-        panels["learning rate"].plot(times, train.lr, markevery=0.2, **look)
+        panels["learning rate"].plot(times, train.lr, markevery=some, **look)
+    if len(test) > 0:
+        panels["test loss"].plot(test[unit], test.loss, **look)
+    if "accuracy" in test and len(test) > 0:
+        panels["test accuracy (%)"].plot(test[unit], test.accuracy, **look)
 
 
 def main(argv=None):
@@ -121,4 +144,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # Windows has none.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python plot.py | head` ends quietly.
     main()

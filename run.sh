@@ -1,31 +1,39 @@
 #!/bin/bash
-[ -n "$BASH_VERSION" ] || exec bash "$0" "$@" # after `sh run.sh`, which may be another shell
 # A script to train LeNet on MNIST with SGD, in the background: ./run.sh &
-# Watch it with `tail -f logs/log.out`, stop it with `kill %1`. For one run, these settings can be
-# given in front of it, and flags of main.py behind it: GPUID=1 ./run.sh --epochs 20 &
+# Watch it with `tail -f logs/log.out`, stop it with `kill %1`. For one run, settings can be given
+# before the command, and flags of main.py after it: GPUID=1 LOGDIR=logs/b ./run.sh --epochs 20 &
+[ -n "$BASH_VERSION" ] || exec bash "$0" "$@" # `sh run.sh` may start a shell that is not bash.
+cd "$(dirname "$(readlink -f "$0")")" || exit # It works in its own folder, wherever you are.
+PATH="$PWD/.venv/bin:$PATH" # If there is a .venv, you need not activate it.
 
-GPUID=${GPUID-0} # Select a GPU. If you want say two GPUs, set GPUID="0,1"; "" is the CPU.
-LOGDIR=${LOGDIR:-./logs}
+given=(${DATADIR:+--data "$DATADIR"}) # nothing, unless DATADIR stands before the command
+LOGDIR=${LOGDIR:-./logs} # what stands before the command, or else ./logs
 DATADIR=${DATADIR:-./data}
-
-cd "$(dirname "$(readlink -f "$0")")" || exit # Relative folders are those beside this script.
-mkdir -p -- "$LOGDIR" "$DATADIR" || exit
-flags=(--data-dir "$DATADIR" --batch-size 128 --dropout 0.3 --momentum 0.9 --epochs 10)
-if [[ " $*" == *" --resume"* ]]; then
-  for run in "$LOGDIR"/run-* "${@#--resume=}"; do # A run that is there has flags of its own.
-    [ -e "$run/checkpoint.pt" ] && flags=()
-  done
-fi
-
-command=(python3)
-[ -x .venv/bin/python ] && command=(.venv/bin/python)
+mkdir -p "$LOGDIR" "$DATADIR" || exit
+GPUID=${GPUID-0} # Select a GPU. If you want say two GPUs, set GPUID="0,1"; "" is the CPU.
 IFS=, read -ra gpus <<<"$GPUID"
-if [ ${#gpus[@]} -gt 1 ]; then # torchrun, with a process for each GPU
-  command+=(-m torch.distributed.run --standalone --nproc-per-node=${#gpus[@]})
+if [ ${#gpus[@]} -gt 1 ]; then # torchrun starts a process for each GPU of this machine.
+  torchrun=(-m torch.distributed.run "--nproc-per-node=${#gpus[@]}")
+  torchrun+=(--standalone --local-addr=127.0.0.1) # The machine's own name may lead nowhere.
 fi
 
-export CUDA_VISIBLE_DEVICES=$GPUID
-trap '' HUP # When you log off, this signal comes. torchrun, too, is to leave it alone:
+flags=(
+  --data "$DATADIR"
+  --batch-size 128
+  --dropout 0.3
+  --momentum 0.9
+  --epochs 10
+)
+for run in "$LOGDIR"/run-* "${@#--resume=}"; do # A run to resume, if it is there, keeps its flags.
+  [[ " $*" == *" --resume"* && -e $run/checkpoint.pt ]] && flags=("${given[@]}")
+done
+
+trap '' HUP # Logging off sends this signal. Python ignores it, too, and torchrun does so if told:
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT
-exec </dev/null >>"$LOGDIR/log.out" 2>&1
-exec "${command[@]}" main.py --log-dir "$LOGDIR" "${flags[@]}" "$@" # It gets what kill sends.
+# exec has Python take the place of this script, so that `kill %1` reaches it. It reads no keys
+# (</dev/null), and adds to the log (>>) what it prints and its errors (2>&1).
+CUDA_VISIBLE_DEVICES=$GPUID \
+exec python3 -u "${torchrun[@]}" main.py \
+  --log-dir "$LOGDIR" \
+  "${flags[@]}" \
+  "$@" </dev/null >>"$LOGDIR/log.out" 2>&1

@@ -12,13 +12,22 @@ from torch import nn
 
 import gradients
 
+CPU = {"CUDA_VISIBLE_DEVICES": ""}
+
 
 @pytest.fixture(scope="module")
 def run(train, tmp_path_factory):
     """A run of two epochs with settings of its own."""
     log_dir = tmp_path_factory.mktemp("logs")
-    train(log_dir, "--epochs", 2, "--dropout", 0.3, "--batch-size", 60, "--lr", 0.02)
+    flags = ("--epochs", 2, "--dropout", 0.3, "--batch-size", 60, "--lr", 0.02)
+    train(log_dir, *flags, environ=CPU)
     return log_dir / "run-1"
+
+
+@pytest.fixture
+def compare(go):
+    """A function that runs gradients.py to its end, without a GPU."""
+    return lambda *arguments, **options: go("gradients.py", *arguments, environ=CPU, **options)
 
 
 @pytest.fixture
@@ -38,8 +47,8 @@ def per_image_gradients(run, epoch, data_dir):
     return torch.stack(found)
 
 
-def test_numbers_are_those_of_single_images(go, run, small_mnist):
-    finished = go("gradients.py", run)
+def test_numbers_are_those_of_single_images(compare, run, small_mnist):
+    finished = compare(run)
     assert (finished.returncode, finished.stderr) == (0, "")
     title = "eval mode: 10 mini-batches of 60 against the true gradient of 600 images of mnist"
     assert finished.stdout.startswith(f"{title}\n[Epoch  0] true norm: ")
@@ -76,16 +85,16 @@ def test_numbers_are_those_of_single_images(go, run, small_mnist):
     assert row["noise_scale"] == pytest.approx(definition, rel=0.6)
 
 
-def test_train_mode_has_the_dropout_of_the_run(go, copied, small_mnist):
+def test_train_mode_has_the_dropout_of_the_run(compare, copied, small_mnist):
     """Without dropout, the gradients are those of a plain network in training."""
     norms = {}
     settings = (copied / "settings.json").read_text()
     for dropout in ("0.3", "0.0"):
         text = settings.replace('"dropout": 0.3', f'"dropout": {dropout}')
         (copied / "settings.json").write_text(text)
-        finished = go("gradients.py", copied, "--mode", "train")
+        finished = compare(copied, "--mode", "train")
         assert finished.returncode == 0 and f", dropout {dropout}\n" in finished.stdout
-        norms[dropout] = float(rows(copied / "gradients-train.csv")[2]["norm_mean"])
+        norms[dropout] = [float(row["norm_mean"]) for row in rows(copied / "gradients-train.csv")]
     assert (copied / "gradients-train.png").exists()
     plain = plain_with(read_params(copied, 2).values()).train()
     images, labels = read_by_hand(small_mnist, "train")
@@ -94,15 +103,31 @@ def test_train_mode_has_the_dropout_of_the_run(go, copied, small_mnist):
         loss = nn.functional.cross_entropy(plain(images[batch]), labels[batch])
         parts = torch.autograd.grad(loss, list(plain.parameters()))
         expected.append(torch.cat([part.flatten() for part in parts]).norm().item())
-    assert norms["0.0"] == pytest.approx(np.mean(expected), rel=1e-3) != norms["0.3"]
+    assert norms["0.0"][2] == pytest.approx(np.mean(expected), rel=1e-3) != norms["0.3"][2]
+    # The dropout of an epoch does not depend on the epochs before.
+    (copied / "settings.json").write_text(settings)
+    (copied / "params" / "epoch-00.pkl").unlink()
+    (copied / "params" / "epoch-01.pkl").unlink()
+    compare(copied, "--mode", "train")
+    (row,) = rows(copied / "gradients-train.csv")
+    assert float(row["norm_mean"]) == pytest.approx(norms["0.3"][2], rel=1e-4)
 
 
-def test_given_flags_win_over_the_runs_own(go, copied, small_mnist, tmp_path):
+@pytest.mark.parametrize(
+    "batch_size, mini_batches",
+    [(5, 100), (70, 8)],  # the first 100 of 120; without a last one of 40 images
+)
+def test_mini_batches_and_epochs(compare, copied, small_mnist, tmp_path, batch_size, mini_batches):
+    """Flags that are given win over the run's own."""
     moved = shutil.copytree(small_mnist, tmp_path / "moved")
     settings = (copied / "settings.json").read_text()
     (copied / "settings.json").write_text(settings.replace(str(small_mnist), "nowhere"))
-    finished = go("gradients.py", copied, "--batch-size", 50, "--data-dir", moved)
-    assert "12 mini-batches of 50 against the true gradient of 600" in finished.stdout
+    for epoch, other in ((0, "99"), (1, "100")):
+        (copied / "params" / f"epoch-0{epoch}.pkl").rename(copied / f"params/epoch-{other}.pkl")
+    finished = compare(copied, "--batch-size", batch_size, "--data-dir", moved)
+    title = f"{mini_batches} mini-batches of {batch_size} against the true gradient of 600"
+    assert title in finished.stdout and "\nAfter epoch 100 the" in finished.stdout
+    assert [row["epoch"] for row in rows(copied / "gradients.csv")] == ["2", "99", "100"]
 
 
 def test_conclusion_follows_from_the_noise_scale():
@@ -112,17 +137,27 @@ def test_conclusion_follows_from_the_noise_scale():
     assert "After epoch 3 the noise scale is 256 images" in text and "1.50 times" in text
 
 
-def test_what_cannot_be_compared_is_one_line(go, copied, tmp_path):
-    assert "no run in ./logs" in error_line(go("gradients.py", cwd=tmp_path))
-    assert "nowhere" in error_line(go("gradients.py", tmp_path / "nowhere"))
-    assert "--batch-size" in error_line(go("gradients.py", copied, "--batch-size", 600))
-    assert "--batch-size" in error_line(go("gradients.py", copied, "--batch-size", 1), 2)
+def test_what_cannot_be_compared_is_one_line(compare, copied, tmp_path):
+    assert "no run in ./logs" in error_line(compare(cwd=tmp_path))
+    assert "nowhere" in error_line(compare(tmp_path / "nowhere"))
+    assert "--batch-size" in error_line(compare(copied, "--batch-size", 600))
+    assert "--batch-size" in error_line(compare(copied, "--batch-size", 1), 2)
     path = copied / "params" / "epoch-01.pkl"
     arrays = pickle.loads(path.read_bytes())
     path.write_bytes(pickle.dumps(arrays | {"m.0.0.weight": arrays["m.0.0.weight"][:1]}))
-    assert str(path) in error_line(go("gradients.py", copied))
+    assert str(path) in error_line(compare(copied))
     shutil.rmtree(copied / "params")
-    assert str(copied) in error_line(go("gradients.py", copied))
+    assert str(copied) in error_line(compare(copied))
+
+
+@pytest.mark.parametrize(
+    "output", [torch.zeros(2, 1, 28, 28), torch.zeros(2, 2), torch.zeros(20), (torch.zeros(2, 10),)]
+)
+def test_other_outputs_than_logits_are_one_line(output):
+    model = nn.Identity()
+    model.forward = lambda images: output
+    with pytest.raises(SystemExit, match=r"^gradients.py: error: the model's output"):
+        gradients.gradient(model, torch.zeros(2, 1, 28, 28), torch.tensor([3, 7]))
 
 
 # load_parameters
@@ -130,11 +165,8 @@ def test_what_cannot_be_compared_is_one_line(go, copied, tmp_path):
 
 def test_load_parameters_gives_what_was_stored(run):
     arrays = gradients.load_parameters(run / "params" / "epoch-02.pkl")
-    expected = read_params(run, 2)
-    assert list(arrays) == list(expected)
-    for name, array in arrays.items():
-        assert array.dtype == np.float32 and array.shape == expected[name].shape
-        assert np.array_equal(array, expected[name]), name
+    np.testing.assert_equal(arrays, read_params(run, 2))
+    assert {array.dtype.name for array in arrays.values()} == {"float32"}
 
 
 def test_load_parameters_runs_no_code(tmp_path):

@@ -1,6 +1,10 @@
 """plot.py: it draws what is in the tables, whatever state the runs are in."""
 
+import io
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 
@@ -8,18 +12,18 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from conftest import HOME, error_line
-from PIL import Image
 
 import plot
 
 SETTINGS = {"lr": 0.1, "seed": 1, "schedule": "constant", "log_dir": "./logs", "resume": None}
 
 
-def make_run(folder, epochs=2, steps=40, **settings):
-    """Writes the tables of a run, whose loss falls from step to step."""
+def make_run(folder, batches=(40, 40), tested=True, **settings):
+    """Writes the tables of a run with so many batches in each epoch, whose loss falls."""
     folder.mkdir(parents=True)
-    train = [(n + 1, n // steps + 1, n % steps, 0.1, 2 / (n + 1)) for n in range(epochs * steps)]
-    test = [(n, n * steps, 0.1, 1 / n, 90 + n) for n in range(1, epochs + 1)]
+    places = [(epoch, b) for epoch, count in enumerate(batches, 1) for b in range(count)]
+    train = [(n, *place, 0.1, 2 / n) for n, place in enumerate(places, 1)]
+    test = [(n, sum(batches[:n]), 0.1, 1 / n, 90 + n) for n in range(1, len(batches) + tested)]
     columns = ["step", "epoch", "batch", "lr", "loss"], ["epoch", "step", "lr", "loss", "accuracy"]
     pd.DataFrame(train, columns=columns[0]).to_csv(folder / "train.csv", index=False)
     pd.DataFrame(test, columns=columns[1]).to_csv(folder / "test.csv", index=False)
@@ -27,8 +31,15 @@ def make_run(folder, epochs=2, steps=40, **settings):
     return folder
 
 
-def panels(figure):
-    return {axes.get_ylabel(): axes for axes in figure.axes}
+def drawn(*folders):
+    """The figure of these runs, and its panels by their labels."""
+    figure = plot.draw([plot.read_run(folder) for folder in folders], plot.label_runs(folders))
+    plt.close(figure)
+    return figure, {axes.get_ylabel(): axes for axes in figure.axes}
+
+
+def points(line):
+    return [*map(float, line.get_xdata())], [*map(float, line.get_ydata())]
 
 
 def test_the_newest_run_by_default(go, tmp_path):
@@ -37,59 +48,94 @@ def test_the_newest_run_by_default(go, tmp_path):
     finished = go("plot.py", cwd=tmp_path)
     assert (finished.returncode, finished.stderr) == (0, "")
     assert finished.stdout == "The curves are in logs/run-10/curves.png\n"
-    with Image.open(tmp_path / "logs" / "run-10" / "curves.png") as picture:
-        assert 800 < picture.width < 1200
+    assert (tmp_path / "logs" / "run-10" / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_curves_are_those_of_the_tables(tmp_path):
-    folder = make_run(tmp_path / "run")
-    train, test = plot.read_run(folder)
-    drawn = panels(plot.draw([(train, test)], [""]))
-    assert list(drawn) == ["training loss", "test loss", "test accuracy (%)"]
-    light, mean = drawn["training loss"].lines
-    assert list(light.get_xdata()) == [step / 40 for step in range(1, 81)]
-    assert list(light.get_ydata()) == list(train.loss)
-    assert mean.get_ydata()[40] == pytest.approx(train.loss[36:45].mean(), rel=0.01)
+    run = make_run(tmp_path / "run")
+    table = pd.read_csv(run / "train.csv")
+    table.loc[40:, "lr"] = 0.01
+    (run / "train.csv").write_text(table.to_csv(index=False) + "81,3,0,0.")  # half a line
+    figure, panels = drawn(run)
+    assert list(panels) == ["training loss", "test loss", "test accuracy (%)", "learning rate"]
+    assert [axes.get_yscale() for axes in panels.values()] == ["log", "log", "linear", "log"]
+    assert figure.axes[-1].get_xlabel() == "epoch" and not figure.legends
+    times = pytest.approx([step / 40 for step in range(1, 81)])
+    light, mean = panels["training loss"].lines
+    assert points(light) == (times, list(table.loss))
+    assert mean.get_ydata()[40] == pytest.approx(table.loss[36:45].mean(), rel=0.01)
     assert mean.get_linewidth() > light.get_linewidth() and light.get_alpha() < 0.5
-    (accuracy,) = drawn["test accuracy (%)"].lines
-    assert (list(accuracy.get_xdata()), list(accuracy.get_ydata())) == ([1, 2], [91, 92])
-    train.loc[40:, "lr"] = 0.01
-    assert "learning rate" in panels(plot.draw([(train, test)], [""]))
-    plt.close("all")
+    assert [points(line) for line in panels["test loss"].lines] == [([1, 2], [1, 0.5])]
+    assert [points(line) for line in panels["test accuracy (%)"].lines] == [([1, 2], [91, 92])]
+    assert [points(line) for line in panels["learning rate"].lines] == [(times, list(table.lr))]
+
+
+def test_runs_are_told_apart(tmp_path):
+    folders = [make_run(tmp_path / f"run-{n}", lr=lr) for n, lr in enumerate((0.1, 0.2, 0.3))]
+    figure, panels = drawn(*folders)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["lr 0.1", "lr 0.2", "lr 0.3"]
+    colours = [line.get_color() for line in legend.legend_handles]
+    assert len(set(colours)) == 3
+    for axes in panels.values():
+        assert list(dict.fromkeys(line.get_color() for line in axes.lines)) == colours
+
+
+@pytest.mark.parametrize(
+    "batches, tested, unit, times",
+    [
+        ((2, 4, 1), True, "epoch", [0.5, 1, 1.25, 1.5, 1.75, 2, 3]),
+        ((2, 4), False, "epoch", [0.5, 1, 1.25, 1.5, 1.75, 2]),  # more than in the epoch before
+        ((4, 1), False, "epoch", [0.25, 0.5, 0.75, 1, 1.25]),
+        ((4,), False, "step", [1, 2, 3, 4]),
+    ],
+)
+def test_places_of_a_run_with_other_batch_sizes(tmp_path, batches, tested, unit, times):
+    figure, panels = drawn(make_run(tmp_path / "run", batches, tested))
+    for line in panels["training loss"].lines:
+        assert points(line)[0] == times
+    assert figure.axes[-1].get_xlabel() == unit
+    for name in set(panels) - {"training loss"}:
+        assert points(panels[name].lines[0])[0] == list(range(1, len(batches) + tested))
+
+
+def test_a_run_of_one_step_is_visible(tmp_path):
+    figure, panels = drawn(make_run(tmp_path / "run", (1,), tested=False))
+    panels["training loss"].lines[1].set_gid("mean")
+    picture = io.StringIO()
+    figure.savefig(picture, format="svg")
+    assert "<use " in re.search('<g id="mean">.*?</g>', picture.getvalue(), re.DOTALL)[0]
 
 
 STATES = {
-    "half a line": lambda run: (run / "train.csv").open("a").write("81,3,0,0."),
     "no test": lambda run: (run / "test.csv").write_text(""),
-    "a column more": lambda run: add_column(run / "train.csv"),
+    "other columns": lambda run: change_columns(run),
     "diverged": lambda run: (run / "train.csv").open("a").write("81,3,0,0.1,nan\n"),
     "no settings": lambda run: (run / "settings.json").unlink(),
 }
 
 
-def add_column(path):
-    pd.read_csv(path).assign(norm=1.0).to_csv(path, index=False)
+def change_columns(run):
+    """As in a run of an autoencoder: one more, and no accuracy."""
+    table = pd.read_csv(run / "test.csv").assign(error=1.0).drop(columns="accuracy")
+    table.to_csv(run / "test.csv", index=False)
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_runs_in_any_state(state, go, tmp_path):
     STATES[state](make_run(tmp_path / "run-1"))
-    for runs in (["run-1"], ["run-1", str(make_run(tmp_path / "run-2", steps=20))]):
+    for runs in (["run-1"], ["run-1", str(make_run(tmp_path / "run-2", (20, 20)))]):
         finished = go("plot.py", *runs, "--output", "curves.svg", cwd=tmp_path)
         assert (finished.returncode, finished.stderr) == (0, "")
         assert (tmp_path / "curves.svg").stat().st_size > 1000
-
-
-def test_a_half_written_line_is_left_out(tmp_path):
-    run = make_run(tmp_path / "run")
-    (run / "train.csv").open("a").write("81,3,0,0.")
-    assert len(plot.read_run(run)[0]) == 80
+    _, panels = drawn(tmp_path / "run-1")
+    assert ("test loss" in panels) == (state != "no test")
+    assert ("test accuracy (%)" in panels) == (state not in ("no test", "other columns"))
 
 
 @pytest.mark.parametrize(
     "settings, labels",
     [
-        ([{"lr": 0.1}, {"lr": 0.2}], ["lr 0.1", "lr 0.2"]),
         ([{"lr": 0.1}, {"lr": 0.2, "seed": 2}], ["lr 0.1, seed 1", "lr 0.2, seed 2"]),
         ([{"log_dir": "a"}, {"log_dir": "b"}], ["RUN 0", "RUN 1"]),
         ([{"seed": 1}, {"seed": 1}, {"seed": 2}], ["RUN 0", "RUN 1", "seed 2"]),
@@ -122,3 +168,14 @@ def test_what_cannot_be_drawn_is_one_line(go, tmp_path):
 def test_it_loads_neither_pytorch_nor_main():
     code = "import plot, sys; sys.exit(bool({'torch', 'main'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=HOME, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("program", ["plot.py", "gradients.py"])
+def test_a_notebooks_backend_and_a_closed_pipe(program):
+    reader, writer = os.pipe()
+    os.close(reader)
+    options = {"env": os.environ | {"MPLBACKEND": "not-installed"}, "stderr": subprocess.PIPE}
+    command = [sys.executable, HOME / program, "--help"]
+    finished = subprocess.run(command, check=False, stdout=writer, **options)
+    os.close(writer)
+    assert (finished.returncode, finished.stderr) == (-signal.SIGPIPE, b"")
