@@ -33,8 +33,8 @@ import time
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-# PyTorch's threads spin while they wait for one another, which makes a run several times slower
-# beside other busy programs. This has them give up early. It is read when PyTorch is imported.
+# On Linux, PyTorch's threads spin while they wait for one another. Beside other busy programs, this
+# makes a run several times slower. So they give up early; PyTorch reads this when it is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import filelock
@@ -161,12 +161,12 @@ def normalise(pixels):
 class Loader:
     """Yields the batches (data, target) of an epoch, as the guide's DataLoader does.
 
-    data is float32 n x 1 x 28 x 28, normalised; target is int64 n. A DataLoader prepares images one
-    by one, which takes longer than to train on them. Here all pixels are on the device, and a batch
-    is some rows of them. With a `seed`, as for training, they are shuffled, in another order in
-    each `epoch`, and each of several processes gets its share of every batch.
+    data is float32 n x 1 x 28 x 28, normalised; target is int64 n. The guide's DataLoader prepares
+    images one by one, which takes a third of its time on a CPU. Here all pixels are on the device,
+    and a batch is some rows of them. With a `seed`, as for training, they are shuffled, in another
+    order in each epoch, and each of several processes gets its share of every batch.
 
-    `transform` is called for each image by itself, uint8 1 x 28 x 28: one of torchvision's, say.
+    `transform` is called for each image by itself (uint8 1 x 28 x 28), as torchvision's expect.
     """
 
     def __init__(self, pixels, labels, batch_size, device="cpu", seed=None, transform=None):
@@ -377,7 +377,7 @@ def run(args, device, record):
         result = {"loss": test_loss, "accuracy": accuracy}
         record.add("test.csv", epoch=epoch, step=record.steps_done, lr=lr, **result)
         schedule.step()
-        # To stop early, count here the epochs without progress, and `break` after `save`.
+        # To stop early, decide here, before `save` stores what you decide by, and `break` after it.
         record.save(epoch, states)
     checksum = in_first_process(record.checksum)
     seconds = time.monotonic() - started
