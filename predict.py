@@ -17,9 +17,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-# Pictures are only written to files. A notebook sets this to what works nowhere else.
-os.environ["MPLBACKEND"] = "agg"
-
+os.environ["MPLBACKEND"] = "agg"  # A notebook sets it to a backend that may not be installed here.
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -61,7 +59,7 @@ def find_digit(picture):
     colours = np.asarray(ImageOps.contain(picture, (200, 200)), dtype=float)
     # Shadows are wider than this blur, and strokes are narrower.
     contrast = colours - ndimage.gaussian_filter(colours, (22, 22, 0))
-    # Red, green or blue, whichever shows the ink best.
+    # Take red, green or blue, whichever shows the ink best.
     contrast = contrast[..., np.abs(contrast).max(axis=(0, 1)).argmax()]
     # There is more paper than ink. The root counts pixels, however much they differ.
     if np.cbrt(contrast).sum() > 0:  # dark on light
@@ -135,7 +133,6 @@ def load_image(path):
     """Returns the digit in a picture as an image like MNIST's, or None if it cannot be read."""
     try:
         picture = ImageOps.exif_transpose(Image.open(path))
-        picture = picture if picture.mode[0] in "IF" else picture.convert("RGBA")
     except Exception as error:  # Damaged files can raise nearly anything.
         print(f"predict.py: error: {path}: {error}", file=sys.stderr)
         return None
@@ -148,8 +145,8 @@ def load_image(path):
 
 def read_pictures(model, paths, output):
     """Prints what is read in pictures, and draws what the network saw; returns if all were read."""
-    found = {path: load_image(path) for path in paths}
-    images = {path: image for path, image in found.items() if image is not None}
+    loaded = {path: load_image(path) for path in paths}
+    images = {path: image for path, image in loaded.items() if image is not None}
     if images:
         pixels = torch.tensor(np.stack(list(images.values())))
         titles = []
@@ -158,7 +155,7 @@ def read_pictures(model, paths, output):
             print(f"{path}: {titles[-1]}")
         draw(pixels, titles, output)
         print(f"What the network saw of them is in {output}")
-    return len(images) == len(found)
+    return len(images) == len(loaded)
 
 
 def main(argv=None):
@@ -169,12 +166,7 @@ def main(argv=None):
     flag("pictures", nargs="*", metavar="PICTURE", help="of a digit (without any: the test digits)")
     flag("--run", type=Path, metavar="RUN", help="its folder (the newest in ./logs)")
     flag("--data-dir", metavar="DIR", help="folder of the test digits (as in the run)")
-    flag(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="the picture that is drawn (in the run's folder)",
-    )
+    flag("--output", type=Path, metavar="FILE", help="the picture (in the run's folder)")
     args = parser.parse_args(argv)
     run = args.run or newest_run("logs")
     if run is None:
@@ -196,6 +188,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):  # not on Windows
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program quietly.
+    if hasattr(signal, "SIGPIPE"):  # Windows has none.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python predict.py | head` ends quietly.
     main()
