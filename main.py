@@ -49,7 +49,7 @@ from tqdm import tqdm
 INTERVAL = 100  # batches from one printed training loss to the next, as in the guide
 # By the names that --dataset has for them: classes of torchvision.datasets.
 DATASETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
-# torchrun sets these (see part 4). Otherwise there is one process, whose number is 0.
+# The number of processes, and that of this one. torchrun sets them (part 4); otherwise it is one, 0.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0
 
@@ -58,10 +58,14 @@ RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0
 #
 # In the guide, the flags, loaders, model and optimizer are global variables. Here they are arguments,
 # so that gradients.py and predict.py can use these functions. `run`, which makes them, comes last.
+# On a first reading, skip from `load_dataset` to `Loader`.
 
 
 def parse_arguments(argv=None, recorded=None):
-    """Returns the flags: those given, else those recorded by the run to be resumed, else defaults."""
+    """Returns the flags: those given, else those recorded by the run to be resumed, else defaults.
+
+    `main` calls this twice, at first only to find the run to be resumed.
+    """
     parser = argparse.ArgumentParser("main.py", description="PyTorch MNIST Example")
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     flag = parser.add_argument
@@ -80,7 +84,7 @@ def parse_arguments(argv=None, recorded=None):
     flag("--resume", nargs="?", const="newest", metavar="RUN", help="continue RUN, or the newest")
     parser.set_defaults(**(recorded or {}))
     args = parser.parse_args(argv)
-    if args.resume and recorded is None:  # It is not known yet what was recorded.
+    if args.resume and recorded is None:
         return args
 
     for name, is_valid, valid_range in (
@@ -100,8 +104,8 @@ def load_dataset(name, data_dir):
     """Returns (name, (pixels, labels) for training, (pixels, labels) for testing).
 
     The name is that of --dataset. Pixels are uint8 N x 28 x 28, 0 for black; labels are int64 N.
-    Change the data here, for example to train on fewer of them: gradients.py and predict.py call
-    this function, too. Exits with a message if the dataset is not there and cannot be downloaded.
+    To train on other data, or on fewer, change what this function and load_mnist_5k return, which
+    gradients.py and predict.py use, too. Exits with a message if there is no such dataset.
     """
     if name == "mnist-5k":
         return load_mnist_5k()
@@ -183,8 +187,8 @@ class Loader:
         self.epoch = 0  # `run` sets it, and with it the order.
 
     def ends(self, count):
-        """Returns where the batches of so many images end, but for the last one."""
-        # Batch norm needs two images in each process. If fewer are left, they join (slip 8).
+        """Returns where the batches end, except the last: [128, 256] for 300 images by 128."""
+        # Batch norm needs two images in each process. Fewer join the batch before (slip 8).
         return list(range(self.batch_size, count - 2 * WORLD_SIZE + 1, self.batch_size))
 
     def __len__(self):
@@ -255,7 +259,7 @@ class Schedule:
 
     `constant` leaves it alone. `step` multiplies it by 0.1 from half of the epochs on, and by 0.01
     from three quarters on. `cosine` follows half a cosine wave, down to nearly 0. A rule of your own
-    belongs in `set_lrs`, and its name in the choices of --schedule.
+    belongs in `set_lrs`, which sets `factor`, and its name in the choices of --schedule.
     """
 
     def __init__(self, optimizer, name, epochs):
@@ -279,7 +283,7 @@ class Schedule:
             self.factor = 0.01 if progress >= 0.75 else 0.1
         if self.name == "cosine":
             self.factor = (1 + math.cos(math.pi * progress)) / 2
-        if previous == self.factor == 1.0:  # What is changed elsewhere stays.
+        if previous == self.factor == 1.0:  # A rate that you set yourself stays as it is.
             return
         for group, initial_lr in zip(self.optimizer.param_groups, self.initial_lrs, strict=True):
             group["lr"] = initial_lr * self.factor
@@ -298,11 +302,11 @@ def train(epoch, model, loss_function, optimizer, train_loader, record):
     bar = tqdm(train_loader, f"Epoch {epoch}", leave=False, disable=RANK > 0 or None)
     for batch_ix, (data, target) in enumerate(bar):
         # Dropout is on, and batch norm uses the statistics of the batch. (The guide says the
-        # opposite: slip 5.) This is in the loop so that you can call `test` in the middle of it.
+        # opposite: slip 5.) In the loop, it also undoes the model.eval() of a test in between.
         model.train()
         lr = optimizer.param_groups[0]["lr"]
         optimizer.zero_grad()
-        output = model(data)  # The guide's `Variable` is gone from PyTorch (slip 2).
+        output = model(data)  # no `Variable` (slip 2), no data.cuda(): it is on the device already
         loss = loss_function(output, target)
         loss.backward()
         average_gradients(optimizer)  # over several processes, if there are any
@@ -313,7 +317,7 @@ def train(epoch, model, loss_function, optimizer, train_loader, record):
         record.add(
             "train.csv", step=record.steps_done, epoch=epoch, batch=batch_ix, lr=lr, loss=loss
         )
-        # A GPU works behind Python, which has to wait for it whenever it reads a loss.
+        # To read losses, as is done here, Python waits for the GPU. So it does it only now and then.
         if batch_ix % INTERVAL == 0 and batch_ix > 0:
             record.write("train.csv")  # It exits if a loss is not finite.
             bar.write(f"[Epoch {epoch:2}, batch {batch_ix:3}] training loss: {loss.item():.4f}")
@@ -321,7 +325,7 @@ def train(epoch, model, loss_function, optimizer, train_loader, record):
 
 @torch.no_grad()  # instead of `volatile=True` (slip 2)
 def test(epoch, model, loss_function, test_loader):
-    """Prints and returns the mean loss (cross-entropy, in nats) and the accuracy in percent."""
+    """Prints and returns the mean loss (cross-entropy, natural logarithm) and the accuracy in percent."""
     model.eval()  # Dropout is off, and batch norm uses its running statistics (slip 5).
     test_loss = tnt.meter.AverageValueMeter()
     top1 = tnt.meter.ClassErrorMeter(accuracy=True)  # The guide prints the error (slip 1).
@@ -346,7 +350,7 @@ def run(args, device, record):
     seed_everything(args.seed)  # for the initial parameters
     # Of several processes, the first one loads the data, and tests, for all of them.
     args.dataset, train_set, test_set = in_first_process(load_dataset, args.dataset, args.data_dir)
-    flags = vars(args).copy()  # without `cuda`
+    flags = vars(args).copy()  # for settings.json; `cuda` is only printed
     args.cuda = device.type == "cuda"
     print(f"Training LeNet on {DATASETS.get(args.dataset, 'MNIST')}")
     for name, value in vars(args).items():
