@@ -23,8 +23,7 @@ from torchvision import datasets, transforms
 
 import main
 
-FILES = [f"{part}-ubyte" for part in ("train-images-idx3", "train-labels-idx1")]
-FILES += [f"{part}-ubyte" for part in ("t10k-images-idx3", "t10k-labels-idx1")]
+FILES = [Path(packed).stem for packed, _ in datasets.MNIST.resources]
 
 
 @pytest.fixture(autouse=True)

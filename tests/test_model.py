@@ -52,13 +52,6 @@ def test_can_be_compiled_whole():
     torch.testing.assert_close(*outputs)
 
 
-def test_other_devices_are_left_to_pytorch():
-    """The device meta computes only shapes."""
-    model = main.LeNet()
-    main.make_faster(model)
-    assert model.to("meta")(torch.empty(4, 1, 28, 28, device="meta")).shape == (4, 10)
-
-
 # The guide's convbn
 
 
@@ -116,7 +109,7 @@ SLOW = {
     "another activation": replace(2, nn.GELU()),  # It falls, and then rises.
     "another pool": replace(3, nn.AvgPool2d(2)),
     "another last layer": replace(4, nn.Tanh()),
-    "dropout in place": replace(4, nn.Dropout(0.0, inplace=True)),
+    "dropout in place": replace(4, nn.Dropout(0.5, inplace=True)),
     "a layer more": lambda block: block.append(nn.Tanh()),
     "a layer less": lambda block: block.pop(4),
     "forward of one's own": lambda block: setattr(block[2], "forward", torch.abs),
@@ -130,6 +123,7 @@ SLOW = {
 
 def compute(block, x):
     """Everything that a pass forward and backward leaves behind."""
+    torch.manual_seed(1)  # for dropout
     x = x.clone().requires_grad_()
     block.zero_grad()
     output = block(x)
@@ -196,15 +190,13 @@ def test_only_the_guides_layers_become_faster():
     assert [type(layer) for layer in layers] == types
 
 
-@pytest.mark.parametrize("count", [2, 15, 16, 48])
-def test_moments_and_their_gradient(count):
+@pytest.mark.parametrize("count", [15, 16])
+def test_moments_can_be_differentiated_twice(count):
+    """As for a penalty on gradients."""
     torch.manual_seed(3)
     values = torch.randn(count, 5, 1, 1, dtype=torch.float64, requires_grad=True)
-    mean, variance = main.ChannelMoments.apply(values)
-    torch.testing.assert_close(mean, values.mean((0, 2, 3)))
-    torch.testing.assert_close(variance, values.var((0, 2, 3), unbiased=False))
     assert torch.autograd.gradcheck(main.ChannelMoments.apply, values)
-    assert torch.autograd.gradgradcheck(main.ChannelMoments.apply, values)  # of a penalty, say
+    assert torch.autograd.gradgradcheck(main.ChannelMoments.apply, values)
 
 
 def test_moments_are_exact_where_the_mean_is_large():
@@ -243,7 +235,7 @@ def test_dropout_is_random_everywhere(p, layout):
     products = [(centred * again).flatten()]
     for order in ((0, 1, 2, 3), (0, 2, 3, 1)):
         row = centred.permute(order).flatten()
-        products += [row[lag:] * row[:-lag] for lag in (*range(1, 9), 50, 100, 5000)]
+        products += [row[lag:] * row[:-lag] for lag in (*range(1, 9), 50, 100, 5000, 500_000)]
     for product in products:
         assert product.mean().abs() < 5 * p * (1 - p) / len(product) ** 0.5
 

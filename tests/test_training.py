@@ -168,7 +168,6 @@ def test_a_run_is_that_of_a_plain_loop(small_mnist, tmp_path, monkeypatch, name)
 @pytest.mark.parametrize("name", ["constant", "step", "cosine"])
 def test_schedules_are_pytorchs(name, epochs):
     """On two groups of parameters with rates of their own, and also when they are resumed."""
-
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.1, 0.02)]
     ours, resumed, theirs = (optim.SGD(copy.deepcopy(groups)) for _ in range(3))
     schedule, again = (main.Schedule(optimizer, name, epochs) for optimizer in (ours, resumed))
@@ -176,10 +175,9 @@ def test_schedules_are_pytorchs(name, epochs):
     theirs.step()
     for _ in range(epochs):
         again.load_state_dict(schedule.state_dict())
-        for group, other, wanted in zip(
-            ours.param_groups, resumed.param_groups, theirs.param_groups, strict=True
-        ):
-            assert [group["lr"], other["lr"]] == pytest.approx([wanted["lr"]] * 2, rel=1e-6)
+        optimizers = (ours, resumed, theirs)
+        rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        assert rates[0] == rates[1] == pytest.approx(rates[2], rel=1e-6)
         schedule.step()
         expected.step()
 
@@ -195,7 +193,7 @@ def test_rates_of_ones_own():
         def set_lrs(self):
             self.optimizer.param_groups[0]["lr"] = (self.epochs_done + 1) / self.epochs
 
-    schedule = WarmUp(optimizer, "own", 4)  # sets the first rate, too
+    WarmUp(optimizer, "own", 4)  # sets the first rate, too
     assert optimizer.param_groups[0]["lr"] == 0.25
 
 
@@ -209,9 +207,12 @@ def be_macos():
 
 
 def test_a_seed_decides_on_all_random_numbers(train, tmp_path):
-    first, other = checksum(train(tmp_path, "--seed", 3)), checksum(train(tmp_path, "--seed", 4))
-    assert checksum(train(tmp_path, "--seed", 3, prepare=be_macos)) == first != other
-    initial = [read_params(tmp_path / f"run-{run}", 0)["m.0.0.weight"] for run in (1, 2)]
+    first, again, other = (
+        checksum(train(tmp_path, "--seed", seed, prepare=prepare))
+        for seed, prepare in ((3, None), (3, be_macos), (4, None))
+    )
+    assert first == again != other
+    initial = [read_params(tmp_path / f"run-{run}", 0)["m.0.0.weight"] for run in (1, 3)]
     assert not np.array_equal(*initial)
 
 
