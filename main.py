@@ -31,6 +31,7 @@ import socket
 import sys
 import time
 from contextlib import closing, contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 
 # On Linux, PyTorch's threads spin while they wait for one another. Beside other busy programs, this
@@ -136,12 +137,12 @@ def download(dataset_class, data_dir, raw):
     """Downloads what is missing, as the guide never does (slip 4), or raises ConnectionError."""
     raw.mkdir(parents=True, exist_ok=True)
     socket.setdefaulttimeout(30)  # seconds; torchvision would wait for ever
-    try:
-        with filelock.FileLock(raw.parent / ".lock"):  # Of two runs that start at once, one waits.
+    with filelock.FileLock(raw.parent / ".lock"):  # Of two runs that start at once, one waits.
+        try:
             dataset_class(data_dir, download=True)
-    except (ConnectionError, RuntimeError, TimeoutError) as error:
-        reason = " ".join(str(error).split())
-        raise ConnectionError(f"{raw} cannot be downloaded ({reason})") from error
+        except (ConnectionError, HTTPException, RuntimeError, TimeoutError) as error:
+            reason = " ".join(str(error).split())
+            raise ConnectionError(f"{raw} cannot be downloaded ({reason})") from error
 
 
 def load_mnist_5k():
