@@ -82,6 +82,12 @@ AVERAGED = [
     before(END, "        ema.update_parameters(model)\n"),
 ]
 
+# No loss is less than another one by 9.
+PLATEAU = [
+    (SCHEDULE, "optim.lr_scheduler.ReduceLROnPlateau(optimizer, 'min', 0.1, 0, 9, 'abs')"),
+    ("        schedule.step()\n" + END, "        schedule.step(test_loss)\n" + END),
+]
+
 # It steps in every batch, and changes the momentum as well.
 ONE_CYCLE = [
     (SCHEDULE, "optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 36)"),
@@ -296,18 +302,7 @@ EDITS = {
         [(SCHEDULE, "optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)")],
         rates(0.1, 0.075, 0.025),
     ),
-    "ReduceLROnPlateau": (
-        [
-            # No loss is less by 9 than another one.
-            (
-                SCHEDULE,
-                "optim.lr_scheduler.ReduceLROnPlateau("
-                'optimizer, patience=0, threshold=9, threshold_mode="abs")',
-            ),
-            ("        schedule.step()\n" + END, "        schedule.step(test_loss)\n" + END),
-        ],
-        rates(0.1, 0.1, 0.01),
-    ),
+    "ReduceLROnPlateau": (PLATEAU, rates(0.1, 0.1, 0.01)),
     "OneCycleLR": (ONE_CYCLE, is_one_cycle),
     "a warm-up": (
         [
