@@ -45,27 +45,16 @@ OWN_LENET = """
 class LeNet(nn.Module):
     def __init__(self, dropout):
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 10, 5)
-        self.bn1 = nn.BatchNorm2d(10)
-        self.conv2 = nn.Conv2d(10, 20, 5, padding=2)
-        self.drop = nn.Dropout(dropout)
-        self.fc1 = nn.Linear(20 * 6 * 6, 50)
-        self.fc2 = nn.Linear(50, 10)
+        self.conv1 = nn.Conv2d(1, 10, 5, padding=2)
+        self.norm = nn.BatchNorm2d(10)
+        self.fc = nn.Linear(10 * 14 * 14, 10)
 
     def forward(self, x):
-        x = nn.functional.relu(nn.functional.max_pool2d(self.bn1(self.conv1(x)), 2))
-        x = nn.functional.max_pool2d(nn.functional.relu(self.conv2(x)), 2)
-        x = self.drop(nn.functional.relu(self.fc1(x.view(-1, 20 * 6 * 6))))
-        return self.fc2(x)
+        x = nn.functional.max_pool2d(nn.functional.relu(self.norm(self.conv1(x))), 2)
+        return self.fc(nn.functional.dropout(x.view(-1, 10 * 14 * 14), training=self.training))
 
 
 class Schedule:"""
-
-TWO_RATES = """optim.SGD(
-        [{"params": model.m[:2].parameters(), "lr": 0.01}, {"params": model.m[2:].parameters()}],
-        lr=args.lr,
-        momentum=args.momentum,
-    )"""
 
 # So large that weights which decay get small at once.
 NO_DECAY_OF_BIASES = """optim.SGD(
@@ -76,11 +65,6 @@ NO_DECAY_OF_BIASES = """optim.SGD(
         lr=args.lr,
         weight_decay=1,
     )"""
-
-AVERAGED = [
-    before(BEGIN, '    states["ema"] = ema = optim.swa_utils.AveragedModel(model)\n'),
-    before(END, "        ema.update_parameters(model)\n"),
-]
 
 # No loss is less than another one by 9.
 PLATEAU = [
@@ -273,7 +257,6 @@ def has_three_rows_more(run):
 # By their names: the changes, and what they do.
 EDITS = {
     "Adam": ([(SGD, "optim.Adam(model.parameters(), lr=1e-3)")], rates(1e-3)),
-    "two rates": ([(SGD, TWO_RATES)], rates(0.01)),
     "biases do not decay": ([(SGD, NO_DECAY_OF_BIASES)], only_weights_decay),
     "an optimizer with a closure": (
         [
@@ -322,14 +305,6 @@ EDITS = {
         [before(CLASS, NOISY_CONVOLUTION), ("nn.Conv2d(ci", "NoisyConv2d(ci")],
         differs,
     ),
-    "a stride": (
-        [
-            ("nn.Conv2d(ci, co, ksz)", "nn.Conv2d(ci, co, ksz, padding=ksz // 2)"),
-            ("View(50 * 2 * 2)", "View(50 * 4 * 4)"),
-            ("nn.Linear(50 * 2 * 2, 500)", "nn.Linear(50 * 4 * 4, 500)"),
-        ],
-        has_parameter("m.3.weight", 500, 800),
-    ),
     "LogSoftmax": (
         [
             ("nn.Linear(500, 10),", "nn.Linear(500, 10), nn.LogSoftmax(1)"),
@@ -337,7 +312,6 @@ EDITS = {
         ],
         begins_as_unchanged,
     ),
-    "label smoothing": ([("EntropyLoss()", "EntropyLoss(label_smoothing=0.1)")], differs),
     "clipped gradients": (
         [
             after(BACKWARD, "        nn.utils.clip_grad_norm_(model.parameters(), 0.1)\n"),
@@ -362,7 +336,6 @@ EDITS = {
         [before(DATA, "    train.data, train.targets = train.data[:300], train.targets[:300]\n")],
         lambda run: run.column("batch").tolist() == 3 * [*range(6)],
     ),
-    "averaged parameters": (AVERAGED, changes_nothing),
     "the best parameters": ([before(BEGIN, "    best = 0\n"), before(END, BEST)], keeps_the_best),
     "a table more": (TABLE_MORE, has_three_rows_more),
     "fewer parameters": (
@@ -386,7 +359,6 @@ EDITS = {
         [after(STEP, TEST_IN_TRAIN)],
         changes_nothing,
     ),
-    "a smaller interval": ([("INTERVAL = 100", "INTERVAL = 5")], changes_nothing),
     "no faster layers": ([("    make_faster(model)", "    pass")], differs),
 }
 
