@@ -256,7 +256,7 @@ def test_rows_are_written_within_an_epoch(go, train, flags, tmp_path):
     assert "[Epoch  1, batch 100]" in killed.stdout and "Average" in killed.stdout
     table = tmp_path / "run-1" / "train.csv"
     assert [int(row["step"]) for row in rows(table)] == [*range(1, 102)]
-    train(tmp_path, "--resume", "--epochs", 1)
+    train(tmp_path, "--resume", "--epochs", 1, "--batch-size", 4)
     assert [int(row["step"]) for row in rows(table)] == [*range(1, 151)]
 
 
