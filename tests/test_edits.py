@@ -223,7 +223,7 @@ def begins_as_unchanged(run):
 
 
 def has_higher_losses_on_adversarial_images(run):
-    return (run.column("loss") > run.column("clean")).mean() > 0.9
+    return (run.column("loss") > run.column("clean")).mean() > 0.7  # Dropout is in both.
 
 
 def gives_the_networks_outputs(run):
