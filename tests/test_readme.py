@@ -1,9 +1,10 @@
 """The README and docs/: every command as it stands, what it says it prints, and the links.
 
-The commands run one after the other in a checkout with a small MNIST, but for those that need a
-second machine or a GPU.
+The commands run one after the other in a copy of the project with a small MNIST, but for those
+that need a second machine or a GPU.
 """
 
+import ast
 import os
 import re
 import shlex
@@ -26,6 +27,9 @@ REPLACED = {
     "tests/benchmark.py": "tests/benchmark.py --help",  # It would take half an hour.
     "tail -f": "timeout 1 tail -n +1 -f",  # It would not end.
 }
+# What is not of the project: created in a clone, and what other programs say.
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "data", "logs", "shared", "*cache*")
+FOREIGN = re.compile(r"No module named|ensurepip|pip|visdom|torchvision::|cuda:")
 
 
 def code_blocks(text, language):
@@ -38,26 +42,27 @@ def commands(text):
     return [line for line in lines if not ELSEWHERE.match(line)]
 
 
+def write_script(path, script):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+
+
 @pytest.fixture(scope="module")
 def checkout(small_mnist, tmp_path_factory):
-    """A copy of what git holds, with MNIST in ./data and this Python as its venv."""
-    folder = tmp_path_factory.mktemp("checkout")
-    listed = subprocess.run(["git", "ls-files"], cwd=HOME, check=True, stdout=subprocess.PIPE)
-    for name in listed.stdout.decode().split():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(HOME / name, folder / name)
+    """A copy of the project, with MNIST in ./data and this Python as its venv."""
+    folder = tmp_path_factory.mktemp("copy") / "Übung 1"
+    shutil.copytree(HOME, folder, ignore=LEFT_OUT)
     shutil.copytree(small_mnist / "MNIST", folder / "data" / "MNIST")
     programs = folder / ".venv" / "bin"
-    programs.mkdir(parents=True)
-    (programs / "activate").write_text(f'PATH="{programs}:$PATH"\n')
     scripts = {
+        "activate": f'PATH="{programs}:$PATH"',
         "python3": f'[ "$1 $2" = "-m venv" ] || exec "{sys.executable}" "$@"',  # It is there.
         "python": f'exec "{sys.executable}" "$@"',
         "pip": f'exec "{sys.executable}" -m pip "$@" --dry-run',  # Packages stay as they are.
     }
     for name, script in scripts.items():
-        (programs / name).write_text(f"#!/bin/bash\n{script}\n")
-        (programs / name).chmod(0o755)
+        write_script(programs / name, script)
     picture = Image.new("L", (280, 320), 255)
     ImageDraw.Draw(picture).line([(80, 60), (200, 60), (130, 260)], fill=20, width=25)
     picture.save(folder / "digit.png")
@@ -88,11 +93,6 @@ def outputs(checkout, go):
     return outputs
 
 
-def test_the_test_command_is_what_ci_runs():
-    assert TESTS in commands(README)
-    assert TESTS in (HOME / ".ci" / "run").read_text().splitlines()
-
-
 def test_every_command_does_what_it_says(checkout, outputs):
     assert "Training LeNet on MNIST" in outputs["tail -f logs/log.out"]
     assert outputs["python predict.py digit.png"].startswith("digit.png: 7 (")
@@ -106,6 +106,48 @@ def test_every_command_does_what_it_says(checkout, outputs):
     assert any((run / "gradients-train.png").exists() for run in runs)
 
 
+def test_shown_outputs_and_columns_are_those_of_main(checkout, go):
+    def without_numbers(line):
+        return re.sub(r"\b[0-9a-f]{16}\b|[\d.]+", "0", " ".join(line.split()))
+
+    # As many steps as it takes for a training loss to be printed.
+    finished = go(checkout / "main.py", "--batch-size", 4, "--epochs", 1, cwd=checkout)
+    printed = [without_numbers(line) for line in finished.stdout.splitlines()]
+    shown = [line for line in "".join(code_blocks(README, "text")).splitlines() if line.strip()]
+    assert len(shown) > 5
+    for line in shown:
+        assert line.strip() == "..." or without_numbers(line) in printed, line
+    run = checkout / re.search(r"record is in (\S+)", finished.stdout)[1]
+    columns = dict(re.findall(r"`(t\w+\.csv)`.*?`(\w+(?:,\w+)+)`", README))
+    for name in ("train.csv", "test.csv"):
+        assert (run / name).read_text().startswith(columns[name] + "\n")
+
+
+def texts_of_functions():
+    """For each function of the programs, the words of all its texts but the docstring."""
+    for program in HOME.glob("*.py"):
+        for function in ast.walk(ast.parse(program.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                parts = [part for line in function.body[1:] for part in ast.walk(line)]
+                texts = [part.value for part in parts if isinstance(part, ast.Constant)]
+                yield set(re.findall("[a-z-]+", " ".join(map(str, texts)).lower()))
+
+
+def test_quoted_messages_are_in_the_programs():
+    """The words of each are all in the texts of one function."""
+    texts = list(texts_of_functions())
+    section = README.partition("## If something goes wrong")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| (.*?) \|", section, re.MULTILINE)
+    quoted = re.findall("`([^`]+)`", "\n".join(cells))
+    messages = [text for text in quoted if not FOREIGN.search(text)]
+    assert len(messages) > 3
+    for message in messages:
+        # Paths, numbers and `nan` are put in when it is printed.
+        words = re.sub(r"main\.py: error:|\S+/\S+|\bnan\b", "", message).lower()
+        words = set(re.findall("[a-z-]+", words))
+        assert words and any(words <= text for text in texts), message
+
+
 def test_flags_are_those_of_main():
     table = dict(re.findall(r"^\| `(--[a-z-]+) .*?` \| (\S*) ?\|", README, re.MULTILINE))
     defaults = {
@@ -116,10 +158,12 @@ def test_flags_are_those_of_main():
 
 
 def test_functions_are_those_of_main():
-    section = README.partition("## Reading the code")[2].partition("## Changing")[0]
-    for cell in re.findall(r"^\|[^|]*\| (`.*?) \|", section, re.MULTILINE):
-        for name in re.findall(r"`(\w+)`", cell):
-            assert hasattr(main, name), name
+    table = re.search(r"^\|[^|]*\| `main.py` \|.*?\n\n", README, re.MULTILINE | re.DOTALL)[0]
+    names = re.findall(
+        r"`(\w+)`", " ".join(re.findall(r"^\|[^|]*\| (`.*?) \|", table, re.MULTILINE))
+    )
+    assert {"train", "test", "run"} <= set(names)
+    assert [name for name in names if not hasattr(main, name)] == []
 
 
 def test_what_is_shown_and_linked_is_there():
@@ -128,3 +172,36 @@ def test_what_is_shown_and_linked_is_there():
             if target.startswith(("http://", "https://", "#")):
                 continue
             assert Path(page.parent, target.partition("#")[0]).is_file(), target
+
+
+@pytest.mark.parametrize(
+    "lint, given, known, expected",
+    [
+        ("true", None, True, "/shared/data"),
+        ("true", "/mine", True, "/mine"),
+        ("true", None, False, ""),
+        ('[ "$1" != format ]', None, True, None),
+        ('[ "$1" != check ]', None, True, None),
+    ],
+)
+def test_ci_runs_the_tests_unless_lint_fails(lint, given, known, expected, tmp_path):
+    """With stand-ins for the programs; they say where the tests look for MNIST."""
+    ci = tmp_path / "project" / ".ci" / "run"
+    ci.parent.mkdir(parents=True)
+    shutil.copy(HOME / ".ci" / "run", ci)
+    programs = ci.parent.parent / ".venv" / "bin"
+    stand_ins = {"python3": ":", "pip": ":", "ruff": lint, "python": 'echo "$*:$MNIST_DIR" >tested'}
+    for name, script in stand_ins.items():
+        write_script(programs / name, script)
+    if known:
+        (tmp_path / "shared" / "data" / "MNIST" / "raw").mkdir(parents=True)
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}"}
+    if given:
+        environment["MNIST_DIR"] = given
+    finished = subprocess.run([ci], env=environment, capture_output=True, check=False)
+    tested = ci.parent.parent / "tested"
+    assert (finished.returncode == 0) == tested.exists() == (expected is not None)
+    if expected is not None:
+        where = f"{tmp_path}{expected}" if expected == "/shared/data" else expected
+        assert tested.read_text() == f"{TESTS.removeprefix('python ')}:{where}\n"
+    assert TESTS in commands(README)
