@@ -10,7 +10,7 @@ there: gradients.csv and gradients.png or, with --mode train, gradients-train.cs
 
 The true gradient G is that of the mean loss over all training images in eval mode, where dropout
 is off and batch norm uses its running statistics. A mini-batch gradient g is that of the mean loss
-over the images of a mini-batch, in the mode that is asked for. A gradient is a vector of P values,
+over the images of a mini-batch, in the chosen mode. A gradient is a vector of P values,
 one for each parameter of the model.
 """
 
@@ -50,7 +50,7 @@ def gradient(model, data, target):
     output = model(data)
     if getattr(output, "shape", None) != (len(target), 10):
         reason = "the model's output is not a row of ten logits for each image"
-        sys.exit(f"gradients.py: error: {reason}: compute its own loss in `gradient`")
+        sys.exit(f"gradients.py: error: {reason}: change the loss in `gradient`")
     loss = nn.functional.cross_entropy(output, target)
     loss.backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -74,32 +74,32 @@ def mini_batch_gradients(model, mini_batches, mode):
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads pickled numpy arrays, and refuses all else.
+    """Reads pickled numpy arrays, and refuses anything else.
 
-    A pickle names the functions that are to be called when it is read: pickle.load would run
-    whatever somebody has put into it.
+    A pickle names functions to call when it is loaded: pickle.load would run whatever someone put
+    in it.
     """
 
-    # What the pickle of an array calls. The first is _reconstruct, which moves within numpy.
+    # What the pickle of an array calls. The first is _reconstruct, whose module varies with numpy's version.
     FUNCTIONS = (np.array(0).__reduce__()[0], np.ndarray, np.dtype)
 
     def find_class(self, module, name):
         for function in self.FUNCTIONS:
             if function.__name__ == name:
                 return function
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it calls {module}.{name}")
 
 
 def load_parameters(path):
     """Reads a params/epoch-NN.pkl: a dict from names to float32 numpy arrays.
 
-    Unlike pickle.load, it runs no code that the file may hold. Exits with a line if the file cannot
-    be read, or holds anything else.
+    Unlike pickle.load, it runs no code from the file. Exits with a message if the file cannot be
+    read, or contains anything else.
     """
     try:
         parameters = ArrayUnpickler(io.BytesIO(Path(path).read_bytes())).load()
         return {name: np.asarray(parameters[name], dtype=np.float32) for name in parameters}
-    except Exception as error:  # Damaged files can raise nearly anything.
+    except Exception as error:  # Damaged files can raise almost any error.
         sys.exit(f"gradients.py: error: {path} cannot be read as parameters ({error!r})")
 
 
@@ -158,16 +158,16 @@ def noise_scale(true, gradients, batch_size):
 
 
 def conclusion(epoch, scale, batch_size):
-    """Returns in two sentences what an epoch's noise scale means.
+    """Explains an epoch's noise scale in two sentences.
 
-    With the best rate for its batch size, a step lowers the loss in proportion to
+    With the best learning rate for its batch size, a step lowers the loss in proportion to
     1 / (1 + noise scale / batch size): McCandlish et al. 2018, section 2.2. This assumes that the
     loss is equally curved in all directions, which is only roughly true of a neural network.
     """
     gain = (1 + scale / batch_size) / (1 + scale / (2 * batch_size))
     return (
-        f"After epoch {epoch} the noise scale is {scale:.0f} images: a mini-batch of so many has as"
-        " much signal in its gradient as noise.\nWith twice the batch size, a step does twice the"
+        f"After epoch {epoch} the noise scale is {scale:.0f} images: a mini-batch of that size has"
+        " as much signal as noise in its gradient.\nWith twice the batch size, a step does twice the"
         f" work and lowers the loss {gain:.2f} times as much, each at its best learning rate."
     )
 
@@ -194,7 +194,7 @@ def draw(table, title, batch_size):
 
 
 def compare_epochs(folder, settings, mode):
-    """Compares the gradients at every stored epoch; writes the table and the picture of it."""
+    """Compares the gradients at every stored epoch; writes the table and its picture."""
     numbers = sorted(int(path.stem[6:]) for path in (folder / "params").glob("epoch-*.pkl"))
     if not numbers:
         sys.exit(f"gradients.py: error: {folder} has no stored parameters: run main.py first")
@@ -232,13 +232,18 @@ def compare_epochs(folder, settings, mode):
 
 
 def main(argv=None):
-    """Runs the program. Exits with a line if it cannot do as the flags say."""
+    """Runs the program. Exits with a message if it cannot do what the flags ask."""
     parser = argparse.ArgumentParser("gradients.py", description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("run", nargs="?", type=Path, metavar="RUN", help="its folder (the newest one in ./logs)")
-    add("--mode", choices=["eval", "train"], default="eval", help="of the mini-batch gradients")
+    add("run", nargs="?", type=Path, metavar="RUN", help="folder of the run (the newest in ./logs)")
+    add(
+        "--mode",
+        choices=["eval", "train"],
+        default="eval",
+        help="mode for the mini-batch gradients",
+    )
     add("--batch-size", type=int, metavar="N", help="images per mini-batch (as in the run)")
-    add("--data-dir", metavar="DIR", help="holds MNIST/raw/ (as in the run)")
+    add("--data-dir", metavar="DIR", help="folder of MNIST/raw/ (as in the run)")
     args = parser.parse_args(argv)
     if args.batch_size is not None and args.batch_size < 2:
         parser.error("argument --batch-size: must be 2 or more")

@@ -36,7 +36,7 @@ from pathlib import Path
 
 # On Linux, PyTorch's threads spin while they wait for one another. If other programs keep the CPU
 # busy, this makes a run several times slower. With this, which PyTorch reads on import, they stop.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import filelock
 import numpy as np
@@ -350,7 +350,7 @@ def run(args, device, record):
     (part 3) writes the files of the run, and holds the checkpoint of a resumed run.
     """
     started = time.monotonic()
-    seed_everything(args.seed)
+    seed_everything(args.seed)  # for what you may draw to change the data
     # With several processes, the first one loads the data and tests for all of them.
     args.dataset, train_set, test_set = in_first_process(load_dataset, args.dataset, args.data_dir)
     flags = vars(args).copy()  # for settings.json; `cuda` is only printed
@@ -365,7 +365,7 @@ def run(args, device, record):
     # The guide tests 1000 shuffled images at a time. The order does not matter, and batches of 250
     # take a third less time on a CPU.
     test_loader = Loader(*test_set, 250, device)
-    seed_everything(args.seed)  # again: only the first process has loaded data
+    seed_everything(args.seed)  # for the initial parameters
     model = LeNet(args.dropout).to(device)
     loss_function = nn.CrossEntropyLoss().to(device)
     optimizer = optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum)
@@ -637,7 +637,8 @@ class Record:
                 state.load_state_dict(self.checkpoint["states"][name])
             except (KeyError, RuntimeError, ValueError) as error:
                 reason = f"{self.folder / 'checkpoint.pt'} is of another model or optimizer"
-                sys.exit(f"main.py: error: {reason}: start a new run without --resume ({error!r})")
+                line = f"main.py: error: {reason}: start a new run without --resume ({error!r})"
+                in_first_process(sys.exit, line)
             before = self.checkpoint["given"][name]
             for number, given in enumerate(self.given[name]):
                 changed = {key for key in given if given[key] != before[number].get(key)}
@@ -689,7 +690,7 @@ class Record:
         tensors = states["model"].state_dict()
         arrays = {name: tensors[name].float().cpu().contiguous().numpy() for name in tensors}
         write_whole(self.folder / f"params/epoch-{epoch:02}.pkl", pickle.dumps(arrays, protocol=4))
-        tables = {}
+        tables = dict(self.checkpoint["tables"])  # even those that the program no longer has
         for name in self.rows:
             content = (self.folder / name).read_bytes()
             tables[name] = (len(content), hashlib.sha256(content).hexdigest())
@@ -711,6 +712,8 @@ class Record:
     @disk_errors_as_messages()
     def checksum(self):
         """Returns the first 16 digits of the SHA-256 of train.csv, test.csv and all parameters."""
+        for name in self.rows:
+            self.write(name)  # rows added after the last `save`
         digest = hashlib.sha256()
         params = [f"params/epoch-{epoch:02}.pkl" for epoch in range(self.epochs_done + 1)]
         for name in [*self.rows, *params]:

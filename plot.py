@@ -1,8 +1,8 @@
 """Draw the curves of runs of main.py: exercise 2 of the guide.
 
-python plot.py                          # the newest run in ./logs, even while it goes on
-python plot.py logs/run-1 logs/run-2    # runs over one another
-python plot.py --output curves.pdf      # in any format that matplotlib writes
+python plot.py                          # the newest run in ./logs, even while it is running
+python plot.py logs/run-1 logs/run-2    # several runs in one plot
+python plot.py --output curves.pdf      # in any format that matplotlib supports
 """
 
 import argparse
@@ -19,21 +19,21 @@ import pandas as pd
 
 
 def read_table(path, columns):
-    """Returns the csv file as a table with at least these columns, perhaps without a row."""
+    """Returns the csv file as a table with at least these columns, possibly with no rows."""
     try:
         text = path.read_text()
-        text = text[: text.rfind("\n") + 1]  # While the run goes on, a line may be half written,
-        text = text or ",".join(columns)  # or none be there yet.
+        text = text[: text.rfind("\n") + 1]  # During the run, a line may be half written,
+        text = text or ",".join(columns)  # or there may be none yet.
         table = pd.read_csv(io.StringIO(text))
         table[columns].astype(float)
     except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"plot.py: error: {path} is not a table of main.py's: {error}")
+        sys.exit(f"plot.py: error: {path} is not a table from main.py: {error}")
     return table
 
 
 def read_run(folder):
     """Returns the two tables of a run, for training and for testing."""
-    # The test comes last in an epoch: read first, it is never ahead of the training.
+    # Testing comes last in an epoch: if read first, it is never ahead of training.
     test = read_table(folder / "test.csv", ["epoch", "step", "loss"])
     train = read_table(folder / "train.csv", ["step", "epoch", "batch", "lr", "loss"])
     if train.empty:
@@ -42,7 +42,7 @@ def read_run(folder):
 
 
 def read_settings(folder):
-    """Returns the settings of a run that may matter to its curves: a dict, empty if unknown."""
+    """Returns the settings of a run that may affect its curves: a dict, empty if unknown."""
     try:
         settings = json.loads((folder / "settings.json").read_text())
     except (OSError, ValueError):
@@ -51,7 +51,7 @@ def read_settings(folder):
 
 
 def label_runs(folders):
-    """Returns a label for each run: its settings that are not the same in all runs, or its folder."""
+    """Returns a label for each run: its settings that differ between the runs, or its folder."""
     runs = [read_settings(folder) for folder in folders]
     labels = []
     for folder, settings in zip(folders, runs, strict=True):
@@ -66,7 +66,7 @@ def label_runs(folders):
 
 def epochs_done(train, test):
     """Returns the epochs done after each step: e - 1 + (b + 1) / n after batch b of n of epoch e."""
-    # Epochs differ in their number of batches if a run was resumed with another batch size.
+    # The number of batches changes if a run is resumed with another batch size.
     batches = train.groupby("epoch").batch.max() + 1
     if test.epoch.iloc[-1] < train.epoch.iloc[-1]:
         # The last epoch is still going on: most likely it will have as many as the one before.
@@ -93,7 +93,7 @@ def draw(runs, labels):
         panel.grid(alpha=0.3)
         if name != "test accuracy (%)":
             panel.set_yscale("log")
-    # Epochs compare runs with other batch sizes, but need one whole epoch of each run.
+    # Epochs let you compare different batch sizes, but each run needs a whole one.
     unit = "epoch" if len(tests) == len(runs) else "step"
     axes[-1, 0].set_xlabel(unit)
     for number, ((train, test), label) in enumerate(zip(runs, labels, strict=True)):
@@ -108,7 +108,7 @@ def draw_run(panels, train, test, unit, label, number):
     times = epochs_done(train, test) if unit == "epoch" else train.step
     colour = f"C{number % 10}"
     look = {"color": colour, "marker": "osD^vPX*"[number % 8], "markersize": 5}
-    some = len(train) // 5 + 1  # a marker at the first step, even if it is the only one, and a few
+    some = len(train) // 5 + 1  # a marker at the first step, perhaps the only one, and a few more
     window = min(50, 1 + len(train) // 10)  # steps
     mean = train.loss.rolling(window, center=True, min_periods=1).mean()
     panels["training loss"].plot(times, train.loss, color=colour, alpha=0.2, linewidth=0.5)
@@ -122,7 +122,7 @@ def draw_run(panels, train, test, unit, label, number):
 
 
 def main(argv=None):
-    """Draws the runs that are named, or the newest one; exits with a line where it cannot."""
+    """Draws the given runs, or the newest one. Exits with a message if it cannot."""
     parser = argparse.ArgumentParser("plot.py", description="Draw the curves of runs of main.py.")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the picture (curves.png)")
@@ -138,7 +138,7 @@ def main(argv=None):
     figure = draw([read_run(folder) for folder in folders], label_runs(folders))
     try:
         figure.savefig(output, dpi=120)
-    except (OSError, ValueError) as error:  # ValueError: not a format of matplotlib's
+    except (OSError, ValueError) as error:  # ValueError: matplotlib cannot write this format
         sys.exit(f"plot.py: error: {output}: {error}")
     print(f"The curves are in {output}")
 

@@ -497,6 +497,23 @@ def test_a_table_more_in_an_older_run(edited, train, tmp_path):
     assert column(tmp_path / "run-1", "epoch", "layers.csv").tolist() == [2, 3]
 
 
+def test_a_table_that_is_left_out_for_an_epoch(edited, train, tmp_path):
+    program = edited(*TABLE_MORE)
+    train(tmp_path, "--epochs", 1, program=program)
+    train(tmp_path, "--resume", "--epochs", 2)
+    train(tmp_path, "--resume", program=program)
+    assert column(tmp_path / "run-1", "epoch", "layers.csv").tolist() == [1, 3]
+
+
+def test_an_epoch_that_is_not_saved(edited, train, unchanged, tmp_path):
+    """Its rows are written, and replaced when the run is resumed."""
+    save = "        record.save(epoch, states)\n"
+    train(tmp_path, program=edited(before(save, "        if epoch == 2:\n            break\n")))
+    assert column(tmp_path / "run-1", "epoch", "test.csv").tolist() == [1, 2]
+    assert column(tmp_path / "run-1", "step").tolist() == [*range(1, 25)]
+    assert checksum(train(tmp_path, "--resume")) == unchanged[1]
+
+
 # By what is wrong: the changes, and the last line of the traceback.
 MISTAKES = {
     "a layer's size": (
@@ -581,6 +598,13 @@ def test_a_parameter_in_the_table_of_two_processes(edited, in_two, tmp_path):
     for epoch in (1, 2, 3):
         mean = read_params(run, epoch)["m.7.bias"].mean()
         assert column(run, "bias")[12 * epoch - 1] == pytest.approx(mean, rel=1e-3, abs=1e-6)
+
+
+def test_a_random_choice_of_the_data(edited, in_two):
+    """The first process alone draws it, and has the same initial parameters as the other one."""
+    choice = "    train.targets = train.targets[torch.randperm(600)]\n"
+    for finished in in_two(edited(before(DATA, choice))):
+        assert (finished.returncode, finished.stderr) == (0, "")
 
 
 def test_gradients_that_differ_between_processes(edited, in_two):

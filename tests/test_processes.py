@@ -158,6 +158,19 @@ def test_a_lost_process_ends_the_other_and_one_goes_on(start_processes, small_mn
     assert [row["epoch"] for row in rows(table)] == [str(n + 1) for n in range(done + 1)]
 
 
+def test_a_run_of_another_model(start_processes, train, small_mnist, tmp_path):
+    """The first process says so, in one line, and the other one ends, too."""
+    train(tmp_path, "--epochs", 1)
+    checkpoint = tmp_path / "run-1" / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes().replace(b"LeNet", b"MyNet", 1))
+    flags = ("--data-dir", small_mnist, "--log-dir", tmp_path, "--resume")
+    first, second = map(end, start_processes(2, *flags))
+    line = first.stderr.splitlines()[-1]
+    assert first.returncode == 1 and line.startswith(f"main.py: error: {checkpoint} is of another")
+    assert second.returncode == 1 and "is of another" not in second.stderr
+    assert second.stderr.splitlines()[-1].startswith("RuntimeError: ")  # of the lost connection
+
+
 @pytest.mark.parametrize("reason", ["missing", "broken"])
 def test_torchrun_ends_when_the_first_process_cannot_go_on(small_mnist, tmp_path, reason):
     """With one line of ours, and not after the 30 seconds that it gives to other processes."""

@@ -83,7 +83,7 @@ def test_one_log_and_a_resumed_run_under_its_own_flags(project, start, small_mni
     finish(start("--resume", "--epochs", "2", GPUID=""))
     finish(start(*flags, "--epochs", "2", GPUID="", DATADIR=small_mnist))
     log = (project / "logs" / "log.out").read_text()
-    assert "main.py: there is no run in ./logs: starting one\n" in log
+    assert "main.py: no run to resume in ./logs: starting one\n" in log
     assert log.count("Training LeNet on MNIST") == log.count("   dropout:  0.4\n") == 3
     ends = re.findall(r"the record is in (\S+) \(sha256 (\w{16})\)", log)
     (first, one_epoch), (resumed, two_epochs), (whole, expected) = ends
@@ -105,7 +105,7 @@ def test_hangup_and_kill(start, small_mnist, tmp_path, gpus):
     process.wait(20)
     # torchrun, which ends its workers, has a status of its own.
     assert process.returncode == (130 if gpus == "-1" else 1)
-    assert ("main.py: interrupted; --resume goes on" in log.read_text()) == (gpus == "-1")
+    assert ("main.py: interrupted; --resume continues" in log.read_text()) == (gpus == "-1")
     command = ["ps", "-eo", "args"]
     left = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert str(settings["LOGDIR"]) not in left
