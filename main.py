@@ -63,10 +63,7 @@ RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0
 
 
 def parse_arguments(argv=None, recorded=None):
-    """Returns the flags: those given, then those recorded by a run to resume, then the defaults.
-
-    `main` calls this twice, at first only to find the run to resume.
-    """
+    """Returns the flags: those given, then those recorded by a run to resume, then the defaults."""
     parser = argparse.ArgumentParser("main.py", description="PyTorch MNIST Example")
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     flag = parser.add_argument
@@ -85,7 +82,7 @@ def parse_arguments(argv=None, recorded=None):
     flag("--resume", nargs="?", const="newest", metavar="RUN", help="continue RUN, or the newest")
     parser.set_defaults(**(recorded or {}))
     args = parser.parse_args(argv)
-    if args.resume and recorded is None:
+    if args.resume and recorded is None:  # `main` will call this again, with what was recorded.
         return args
 
     for name, is_valid, valid_range in (
@@ -315,11 +312,9 @@ def train(epoch, model, loss_function, optimizer, train_loader, record):
         average_gradients(optimizer)  # over all processes, if there are several
         optimizer.step()
         loss = average(loss.detach())
-        record.steps_done += 1
+        record.steps += 1
         # Add a value here, a number or a one-element tensor, for another column (exercise 1).
-        record.add(
-            "train.csv", step=record.steps_done, epoch=epoch, batch=batch_ix, lr=lr, loss=loss
-        )
+        record.add("train.csv", step=record.steps, epoch=epoch, batch=batch_ix, lr=lr, loss=loss)
         # A GPU runs asynchronously. Reading a loss makes Python wait for it, so it is rarely done.
         if batch_ix % INTERVAL == 0 and batch_ix > 0:
             record.write("train.csv")  # It exits if a loss is not finite.
@@ -328,7 +323,7 @@ def train(epoch, model, loss_function, optimizer, train_loader, record):
 
 @torch.no_grad()  # instead of `volatile=True` (slip 2)
 def test(epoch, model, loss_function, test_loader):
-    """Prints and returns the mean loss, in nats (natural logarithm), and the accuracy in percent."""
+    """Prints and returns the mean loss, in nats (natural logarithm), and the accuracy in %."""
     model.eval()  # Dropout is off, and batch norm uses its running statistics (slip 5).
     test_loss = tnt.meter.AverageValueMeter()
     top1 = tnt.meter.ClassErrorMeter(accuracy=True)  # The guide prints the error (slip 1).
@@ -383,7 +378,7 @@ def run(args, device, record):
         test_loss, accuracy = in_first_process(test, epoch, model, loss_function, test_loader)
         lr = optimizer.param_groups[0]["lr"]
         result = {"loss": test_loss, "accuracy": accuracy}
-        record.add("test.csv", epoch=epoch, step=record.steps_done, lr=lr, **result)
+        record.add("test.csv", epoch=epoch, step=record.steps, lr=lr, **result)
         schedule.step()
         # To stop early, decide here, before `save` stores the states, and `break` after it.
         record.save(epoch, states)
@@ -506,9 +501,7 @@ class DropoutFromBits(nn.Dropout):
             return super().forward(x)
         bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
         bits.random_(-(2**63), None)  # all 64 bits
-        kept = (
-            bits.view(torch.int16)[: x.numel()] >= dropped - levels // 2
-        )  # int16 starts at -32,768
+        kept = bits.view(torch.int16)[: x.numel()] >= dropped - levels // 2  # from -32,768 on
         mask = kept.to(x.dtype) * (levels / (levels - dropped))
         # Multiplying is fastest if the mask has the same memory layout as x.
         return x * mask.as_strided(x.shape, torch.empty_like(x).stride())
@@ -530,14 +523,12 @@ class Record:
     """The files of a run, in a folder of its own, LOG_DIR/run-N. No other code writes them.
 
     settings.json          the flags
-    machine.json           what else the results depend on, to the last bit
+    machine.json           what the bits of the results depend on besides the flags and the program
     main-NN.py             the program that began the run (00), or resumed it after epoch NN
-    train.csv              a row for each batch; the step counts from 1
-    test.csv               a row for each epoch, with the accuracy in percent
+    train.csv, test.csv    a row for each batch or epoch; steps count from 1, accuracy is in %
     params/epoch-NN.pkl    the model's state after epoch NN, or before training (00): a pickled dict
                            from its names to float32 numpy arrays (exercise 4)
     checkpoint.pt          everything needed to continue after the last finished epoch
-    .lock                  locked while the run is in progress
 
     When a run is resumed, the rows written after its checkpoint are removed. With several
     processes, only the first one handles the files.
@@ -552,7 +543,7 @@ class Record:
         self.given = {}  # the optimizer's settings, as given by the program and its flags
         self.flags, self.checkpoint = in_first_process(self.read, resume)
         self.epochs_done = self.checkpoint["epoch"]
-        self.steps_done = self.checkpoint["step"]
+        self.steps = self.checkpoint["step"]
 
     @disk_errors_as_messages()
     def read(self, resume):
@@ -696,7 +687,7 @@ class Record:
             tables[name] = (len(content), hashlib.sha256(content).hexdigest())
         checkpoint = {
             "epoch": epoch,
-            "step": self.steps_done,
+            "step": self.steps,
             "tables": tables,
             "machine": describe_machine(),
             "given": self.given,
