@@ -161,9 +161,7 @@ def column(log_dir, table, name):
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edit_works_and_its_run_can_be_resumed(
-    name, go, train, unchanged, small_mnist, tmp_path
-):
+def test_an_edited_run_and_its_resumption(name, go, train, unchanged, small_mnist, tmp_path):
     changes, rates = EDITS[name]
     program = edit(tmp_path, *changes)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
