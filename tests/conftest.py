@@ -196,6 +196,37 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
+def act_before(folder, name, count, action, *arguments):
+    """Does something in this process right before one of its file operations in a folder.
+
+    Counted from 1, it is operation `count` on files of that name (`*`: any). For `prepare`.
+    """
+    seen = []
+
+    def hook(event, details):
+        if event not in ("open", "os.rename", "os.mkdir", "os.truncate"):
+            return
+        if not isinstance(details[0], (str, os.PathLike)):
+            return
+        path = Path(details[0])
+        if path.is_relative_to(folder) and path.name != ".lock" and name in (path.name, "*"):
+            seen.append(path)
+            if len(seen) == count:
+                action(*arguments)
+
+    sys.addaudithook(hook)
+
+
+def edit(folder, *changes):
+    """Writes a copy of main.py with changes, pairs of an old and a new text; returns its path."""
+    text = (HOME / "main.py").read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (folder / "main.py").write_text(text)
+    return folder / "main.py"
+
+
 # Data
 
 
