@@ -4,6 +4,7 @@ import errno
 import gzip
 import shutil
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import IncompleteRead
@@ -126,8 +127,11 @@ def test_a_server_that_does_not_answer(tmp_path, monkeypatch, capfd):
         mirror = "http://{}:{}/".format(*server.getsockname())
         monkeypatch.setattr(datasets.MNIST, "mirrors", [mirror])
         monkeypatch.setenv("no_proxy", "127.0.0.1")
+        closing = threading.Timer(20, server.close)  # Without a limit, it would wait for ever.
+        closing.start()
         assert "timed out" in refused(tmp_path, "mnist")
         assert main.load_dataset("auto", tmp_path)[0] == "mnist-5k"
+        closing.cancel()
     assert "timed out" in capfd.readouterr().err
 
 
