@@ -6,7 +6,6 @@ already: to load it takes 3 to 5 seconds, and there are some three hundred runs.
 
 import csv
 import functools
-import io
 import multiprocessing
 import os
 import pickle
@@ -21,11 +20,11 @@ from types import SimpleNamespace
 
 # Tests run side by side, and the threads of PyTorch would wait for each other's cores.
 os.environ["OMP_NUM_THREADS"] = "1"
-# No program finds a GPU, but for those of tests with `gpu`. (The workers inherit the changed
-# environment, so what it was before has a name of its own.)
+# Only the tests with `gpu` let a program find a GPU. (The workers of pytest inherit the changed
+# environment, so the GPUs that were visible before have a variable of their own.)
 VISIBLE = os.environ.setdefault("TESTS_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# The programs see to it themselves that a log has each line at once.
+# The programs see to it themselves that each line reaches a log at once.
 os.environ.pop("PYTHONUNBUFFERED", None)
 
 import numpy as np
@@ -41,16 +40,10 @@ sys.path.insert(0, str(HOME))  # so that `import main` works from any folder
 OFFLINE = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy")}
 OFFLINE |= {"no_proxy": "", "NO_PROXY": ""}
 
-mnist_data = functools.cache(data.mnist_data)  # To read its 5,000 digits takes seconds.
+mnist_data = functools.cache(data.mnist_data)  # Reading its 5,000 digits takes seconds.
 
 # For a run of three short epochs.
 FLAGS = ("--batch-size", 50, "--epochs", 3)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_xdist_auto_num_workers():
-    """Each worker loads PyTorch twice: on a big machine, more of them would take longer."""
-    return min((yield), 8)
 
 
 # Running the programs
@@ -59,7 +52,7 @@ def pytest_xdist_auto_num_workers():
 def be_python(program, arguments, output, environ, cwd, prepare):
     """Does in this process what `python PROGRAM ARGUMENTS` does, without network."""
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
-        os.dup2(os.open(output + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        os.dup2(os.open(output + suffix, os.O_WRONLY), descriptor)
     os.environ.update(OFFLINE | environ)
     os.chdir(cwd)
     sys.argv = [str(program), *arguments]
@@ -87,7 +80,7 @@ def start(tmp_path_factory):
 
     def start(program, *arguments, environ=None, cwd=folder, prepare=None):
         output = str(folder / str(len(processes)))
-        for suffix in (".out", ".err"):  # The process may be killed before it opens them.
+        for suffix in (".out", ".err"):
             Path(output + suffix).touch()
         arguments = [str(argument) for argument in arguments]
         details = (HOME / program, arguments, output, environ or {}, cwd, prepare)
@@ -114,7 +107,6 @@ def end(process):
     """Waits for the end of a process; gives its returncode, stdout and stderr."""
     process.join(100)
     if process.is_alive():
-        process.kill()
         pytest.fail("the run does not end")
     errors = Path(process.output + ".err").read_text()
     return SimpleNamespace(returncode=process.exitcode, stdout=printed(process), stderr=errors)
@@ -128,20 +120,33 @@ def go(start):
 
 @pytest.fixture(scope="session")
 def train(go, small_mnist):
-    """A function that trains on the small data and asserts success; gives what was printed.
-
-    Nothing may stand on standard error, but for the line that says what is resumed.
-    """
+    """A function that trains on the small data, asserts success, and gives what was printed."""
 
     def train(log_dir, *flags, program="main.py", **options):
-        finished = go(
-            program, "--data-dir", small_mnist, "--log-dir", log_dir, *FLAGS, *flags, **options
-        )
+        common = ("--data-dir", small_mnist, "--log-dir", log_dir, *FLAGS)
+        finished = go(program, *common, *flags, **options)
+        # Nothing else may stand on standard error.
         line = r"(main\.py: resuming .*\n)?" if "--resume" in flags else ""
         assert finished.returncode == 0 and re.fullmatch(line, finished.stderr), finished.stderr
         return finished.stdout
 
     return train
+
+
+@pytest.fixture
+def start_processes(start):
+    """A function that starts main.py in so many processes, with what torchrun would tell them."""
+
+    def start_processes(count, *arguments, program="main.py", **options):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return [
+            start(program, *arguments, environ=common | {"RANK": str(rank)}, **options)
+            for rank in range(count)
+        ]
+
+    return start_processes
 
 
 @pytest.fixture
@@ -153,11 +158,18 @@ def gpu(monkeypatch):
     return {"CUDA_VISIBLE_DEVICES": VISIBLE}
 
 
+def wait_for(condition):
+    """Waits until the condition, a function, is true."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
 def checksum(output):
     """The checksum in the last line of a run's output."""
-    return re.fullmatch(
-        r"Done in .*; the record is in .* \(sha256 (\w{16})\)", output.split("\n")[-2]
-    )[1]
+    last = output.splitlines()[-1]
+    return re.fullmatch(r"Done in .*; the record is in .* \(sha256 (\w{16})\)", last)[1]
 
 
 def error_line(finished, status=1):
@@ -168,32 +180,6 @@ def error_line(finished, status=1):
     # Before it there may be argparse's usage, and nothing else.
     assert status == 2 or finished.stderr.count("\n") == 1, finished.stderr
     return line
-
-
-@pytest.fixture
-def start_processes(start):
-    """A function that starts main.py in so many processes, with what torchrun would tell them."""
-
-    def start_processes(count, *arguments, program="main.py", **options):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        return [
-            start(program, *arguments, environ=common | {"RANK": str(rank)}, **options)
-            for rank in range(count)
-        ]
-
-    return start_processes
-
-
-def wait_for(condition):
-    """Waits until the condition, a function, is true."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail("it never happened")
-        time.sleep(0.01)
 
 
 def act_before(folder, name, count, action, *arguments):
@@ -254,18 +240,10 @@ def small_mnist(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     images, labels = mnist_data()
     order = np.random.default_rng(0).permutation(len(labels))
-    images, labels = images.reshape(-1, 28, 28)[order], labels[order]
-    write_idx(folder / "MNIST" / "raw", "train", images[:600], labels[:600])
-    write_idx(folder / "MNIST" / "raw", "t10k", images[600:900], labels[600:900])
+    for part, chosen in (("train", order[:600]), ("t10k", order[600:900])):
+        chosen_images = images[chosen].reshape(-1, 28, 28)
+        write_idx(folder / "MNIST" / "raw", part, chosen_images, labels[chosen])
     return folder
-
-
-@pytest.fixture(scope="session")
-def full_mnist():
-    """The data dir of the real MNIST, which the variable MNIST_DIR names."""
-    if "MNIST_DIR" not in os.environ:
-        pytest.skip("MNIST_DIR is not set: it names the data dir of the real MNIST")
-    return os.environ["MNIST_DIR"]
 
 
 # What a run leaves
@@ -273,7 +251,7 @@ def full_mnist():
 
 def rows(file):
     """The rows of a csv file, as dicts of texts."""
-    return list(csv.DictReader(io.StringIO(Path(file).read_text())))
+    return list(csv.DictReader(Path(file).read_text().splitlines()))
 
 
 def read_params(run, epoch):
@@ -294,27 +272,21 @@ class Hostile:
 # The guide's LeNet
 
 
-class PlainLeNet(nn.Module):
+def plain_lenet(dropout=0.0):
     """The guide's LeNet, layer by layer in the guide's order."""
-
-    def __init__(self, dropout=0.0):
-        super().__init__()
-        self.layers = nn.Sequential(
-            *(nn.Conv2d(1, 20, 5), nn.BatchNorm2d(20), nn.ReLU()),
-            *(nn.MaxPool2d(3, stride=3), nn.Dropout(dropout)),
-            *(nn.Conv2d(20, 50, 5), nn.BatchNorm2d(50), nn.ReLU()),
-            *(nn.MaxPool2d(2, stride=2), nn.Dropout(dropout)),
-            *(nn.Flatten(), nn.Linear(200, 500), nn.BatchNorm1d(500), nn.ReLU()),
-            *(nn.Dropout(dropout), nn.Linear(500, 10)),
-        )
-
-    def forward(self, images):
-        return self.layers(images)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 20, 5), nn.BatchNorm2d(20), nn.ReLU()),
+        *(nn.MaxPool2d(3, stride=3), nn.Dropout(dropout)),
+        *(nn.Conv2d(20, 50, 5), nn.BatchNorm2d(50), nn.ReLU()),
+        *(nn.MaxPool2d(2, stride=2), nn.Dropout(dropout)),
+        *(nn.Flatten(), nn.Linear(200, 500), nn.BatchNorm1d(500), nn.ReLU()),
+        *(nn.Dropout(dropout), nn.Linear(500, 10)),
+    )
 
 
 def plain_with(arrays):
     """A plain LeNet with a state, given as arrays in the order of the layers."""
-    plain = PlainLeNet()
+    plain = plain_lenet()
     values = [torch.tensor(array) for array in arrays]
     plain.load_state_dict(dict(zip(plain.state_dict(), values, strict=True)))
     return plain
