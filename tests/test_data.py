@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import IncompleteRead
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -84,8 +85,9 @@ def test_other_datasets_have_their_own_folders(go, raw, tmp_path, name, folder):
 def test_mnist_5k_tests_on_every_fifth_of_each_digit():
     pixels, digits = mnist_data()
     is_tested = np.arange(5000) % 5 == 4
+    state = torch.get_rng_state()
     name, *parts = main.load_dataset("mnist-5k", "nowhere")
-    assert name == "mnist-5k"
+    assert name == "mnist-5k" and torch.equal(torch.get_rng_state(), state)
     for (images, labels), chosen in zip(parts, (~is_tested, is_tested), strict=True):
         # Not sorted by digit, so that a part of them has all digits.
         assert set(labels[:100].tolist()) == set(range(10))
@@ -230,3 +232,10 @@ def test_a_loader_refuses_what_it_would_spoil():
         main.Loader(torch.zeros(5, 28, 28).byte(), torch.zeros(4), 2)
     with pytest.raises(TypeError, match=r"uint8, from 0 to 255, not torch\.float32"):
         main.Loader(torch.zeros(5, 28, 28), torch.zeros(5), 2)
+
+
+def test_an_order_that_an_edit_made_shorter(monkeypatch):
+    shorter = SimpleNamespace(permutation=lambda order: order[:130])
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: shorter)
+    loader = main.Loader(torch.zeros(600, 28, 28).byte(), torch.arange(600), 50, seed=1)
+    assert [len(data) for data, _ in loader] == [50, 50, 30]

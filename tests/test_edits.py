@@ -98,6 +98,41 @@ PENALTY = """\
         loss = loss + 10 * slope.square().sum()
 """
 
+ADVERSARIAL = """\
+        slope = torch.autograd.grad(loss, data)[0]
+        data = (data + 0.1 * slope.sign()).detach()
+        loss = loss_function(model(data), target)
+"""
+
+CLOSURE = """\
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_function(model(data), target)
+            loss.backward()
+            return loss
+
+"""
+
+NOISY = """\
+class Noisy(nn.Conv2d):
+    def forward(self, x):
+        x = super().forward(x)
+        return x + 0.01 * torch.randn_like(x)
+
+
+"""
+
+NORM_LAST = """\
+                nn.ReLU(True),
+                nn.MaxPool2d(psz, stride=psz),
+                nn.BatchNorm2d(co),
+"""
+NORM_FIRST = """\
+                nn.BatchNorm2d(co),
+                nn.ReLU(True),
+                nn.MaxPool2d(psz, stride=psz),
+"""
+
 TABLE_MORE = [
     ('"test.csv": []}', '"test.csv": [], "epochs.csv": []}'),
     before(SCHEDULE_STEP, '        record.add("epochs.csv", epoch=epoch)\n'),
@@ -137,6 +172,19 @@ EDITS = {
         18 * [0.1],
     ),
     "another model": ([before("class Schedule:", OWN_LENET)], UNCHANGED_RATES),
+    "norm behind pooling": ([(NORM_FIRST, NORM_LAST)], UNCHANGED_RATES),
+    "noisy convolutions": (
+        [before(CLASS, NOISY), ("nn.Conv2d(ci, co, ksz)", "Noisy(ci, co, ksz)")],
+        UNCHANGED_RATES,
+    ),
+    "adversarial images": (
+        [after(ZERO, "        data.requires_grad_()\n"), before(BACKWARD, ADVERSARIAL)],
+        UNCHANGED_RATES,
+    ),
+    "a closure": (
+        [before(STEP, CLOSURE), ("optimizer.step()", "optimizer.step(closure)")],
+        UNCHANGED_RATES,
+    ),
     "mixup with all generators": ([before(ZERO, MIXUP)], UNCHANGED_RATES),
     "a center loss": (
         [*CENTERED, before(BEGIN, '    states["centers"] = loss_function\n')],
@@ -180,6 +228,28 @@ def test_a_test_in_the_middle_of_an_epoch_changes_nothing(train, unchanged, tmp_
     program = edit(tmp_path, after(STEP, f"        if batch_ix == 5:\n            {call}\n"))
     output = train(tmp_path, program=program)
     assert output.count("Average") == 6
+    assert checksum(output) == unchanged
+
+
+def test_what_only_looks_changes_nothing(train, unchanged, tmp_path):
+    """Outputs on a fixed batch, the loss of all training images, a history; LogSoftmax apart."""
+    look = """
+        model.eval()
+        print("outputs", model(fixed).exp().sum(1).mean().item())
+        test(epoch, model, loss_function, Loader(*train_set, 250, device))
+        history["accuracy"].append(accuracy)
+        print(max(history["accuracy"]))
+"""
+    program = edit(
+        tmp_path,
+        ("nn.Linear(500, 10),", "nn.Linear(500, 10), nn.LogSoftmax(1),"),
+        ("nn.CrossEntropyLoss()", "nn.NLLLoss()"),
+        after(BEGIN, "    history = {'accuracy': []}\n    fixed = next(iter(test_loader))[0]\n"),
+        before(SCHEDULE_STEP, look),
+    )
+    output = train(tmp_path, program=program)
+    sums = [float(total) for total in re.findall("outputs (.*)", output)]
+    assert sums == pytest.approx([1, 1, 1]) and output.count("Average") == 6
     assert checksum(output) == unchanged
 
 

@@ -208,3 +208,15 @@ def test_an_epoch_on_a_gpu_and_its_resumption(train, gpu, tmp_path):
     train(tmp_path / "stopped", "--epochs", 1, environ=gpu)
     assert checksum(train(tmp_path / "stopped", "--resume", environ=gpu)) == checksum(whole)
     assert "   cuda:  True" in whole
+
+
+def test_a_row_is_what_a_step_has_found(tmp_path):
+    record = main.Record(None, tmp_path)
+    record.folder = tmp_path
+    weights = nn.Parameter(torch.ones(3))
+    record.add("train.csv", step=7, epoch=2, weight=weights[0], loss=math.inf)
+    assert not record.rows["train.csv"][0]["weight"].requires_grad  # It would keep the graph.
+    weights.data.zero_()
+    with pytest.raises(SystemExit, match="loss inf in step 7, epoch 2: lower --lr"):
+        record.write("train.csv")
+    assert (tmp_path / "train.csv").read_text() == "step,epoch,weight,loss\n7,2,1,inf\n"
