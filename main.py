@@ -169,16 +169,13 @@ class Loader:
     data is float32 n x 1 x 28 x 28, normalised; target is int64 n. The guide's DataLoader prepares
     images one by one, which takes a third of its time on a CPU. Here all pixels are on the device,
     and a batch is some rows of them. With a `seed`, as for training, they are reshuffled in every
-    epoch, and each process gets its share of every batch.
-
-    `transform` is applied to each image separately (uint8 1 x 28 x 28), as torchvision's expect.
+    epoch, and each process gets its share of every batch. `transform` is applied to each image
+    separately (uint8 1 x 28 x 28), as torchvision's expect.
     """
 
     def __init__(self, pixels, labels, batch_size, device="cpu", seed=None, transform=None):
         if len(pixels) != len(labels):
             raise ValueError(f"there are {len(pixels)} images, but {len(labels)} labels")
-        if pixels.dtype != torch.uint8:
-            raise TypeError(f"pixels must be uint8, from 0 to 255, not {pixels.dtype}")
         self.pixels = pixels.to(device)
         self.labels = labels.to(device)
         self.batch_size = batch_size
@@ -267,10 +264,8 @@ class Schedule:
         self.optimizer = optimizer
         self.name = name
         self.epochs = epochs
-        self.epochs_done = 0
-        self.factor = 1.0
         self.initial_lrs = [group["lr"] for group in optimizer.param_groups]
-        self.set_lrs()
+        self.load_state_dict({"epochs_done": 0, "factor": 1.0})
 
     def step(self):
         """Sets the rates for the next epoch. Call it after testing each epoch."""
@@ -377,9 +372,8 @@ def run(args, device, record):
         seed_everything(args.seed, epoch, RANK)  # for dropout, and whatever else is random
         train(epoch, model, loss_function, optimizer, train_loader, record)
         test_loss, accuracy = in_first_process(test, epoch, model, loss_function, test_loader)
-        lr = optimizer.param_groups[0]["lr"]
-        result = {"loss": test_loss, "accuracy": accuracy}
-        record.add("test.csv", epoch=epoch, step=record.steps, lr=lr, **result)
+        result = {"lr": optimizer.param_groups[0]["lr"], "loss": test_loss, "accuracy": accuracy}
+        record.add("test.csv", epoch=epoch, step=record.steps, **result)
         schedule.step()
         # To stop early, decide here, before `save` stores the states, and `break` after it.
         record.save(epoch, states)
@@ -524,15 +518,14 @@ class Record:
     """The files of a run, in a folder of its own, LOG_DIR/run-N. No other code writes them.
 
     settings.json          the flags
-    machine.json           what the bits of the results depend on besides the flags and the program
+    machine.json           what else the bits of the results depend on
     main-NN.py             the program that began the run (00), or resumed it after epoch NN
     train.csv, test.csv    a row for each batch or epoch; steps count from 1, accuracy is in %
-    params/epoch-NN.pkl    the model's state after epoch NN, or before training (00): a pickled dict
-                           from its names to float32 numpy arrays (exercise 4)
+    params/epoch-NN.pkl    the model's state after epoch NN: a dict of float32 arrays (exercise 4)
     checkpoint.pt          everything needed to continue after the last finished epoch
 
-    When a run is resumed, the rows written after its checkpoint are removed. With several
-    processes, only the first one handles the files.
+    When a run is resumed, the rows after its checkpoint are removed. Only the first process
+    handles the files.
     """
 
     def __init__(self, resume, log_dir):
@@ -541,12 +534,11 @@ class Record:
         self.folder = None
         self.lock = None
         self.rows = {"train.csv": [], "test.csv": []}  # not yet written; add a new table here
-        self.given = {}  # the optimizer's settings, as given by the program and its flags
+        self.given = {}  # the states' classes and settings, as the program and its flags gave them
         self.flags, self.checkpoint = in_first_process(self.read, resume)
         self.epochs_done = self.checkpoint["epoch"]
         self.steps = self.checkpoint["step"]
 
-    @disk_errors_as_messages()
     def read(self, resume):
         """Returns the flags and the checkpoint of the run to resume, if there is one."""
         folder = newest_run(self.log_dir) if resume == "newest" else resume
@@ -570,9 +562,8 @@ class Record:
             advice = "restore it, or start a new run without --resume"
             sys.exit(f"main.py: error: {path} is missing or damaged: {advice} ({error!r})")
         line = f"main.py: resuming {self.folder} after epoch {checkpoint['epoch']}"
-        last = f"run-{max(run_numbers(self.log_dir), default=0)}"
-        if resume == "newest" and self.folder.name != last:
-            line += f", since {last} was stopped before its first checkpoint"
+        if resume == "newest" and self.folder.name != f"run-{run_numbers(self.log_dir)[-1]}":
+            line += ": later runs were stopped before their first checkpoint"
         print(line, file=sys.stderr)
         if checkpoint["machine"] != describe_machine():
             line = "main.py: sums may be rounded differently on this machine. Before, it was"
@@ -596,11 +587,15 @@ class Record:
     def begin(self, flags, states):
         """Restores the states of a resumed run, or makes the folder of a new one."""
         for name, state in states.items():
-            groups = getattr(state, "param_groups", [])
-            self.given[name] = [copy.deepcopy({**group, "params": None}) for group in groups]
-        if RANK == 0 and self.folder is None:
-            self.lock_folder(make_run_folder(self.log_dir))
-            (self.folder / "params").mkdir()
+            groups = [{**group, "params": None} for group in getattr(state, "param_groups", [])]
+            self.given[name] = copy.deepcopy({"class": type(state).__name__, "groups": groups})
+        while RANK == 0 and self.folder is None:
+            number = 1 + max(run_numbers(self.log_dir), default=0)
+            folder = Path(self.log_dir, f"run-{number}")
+            with suppress(FileExistsError):  # Two runs that start at once get two folders.
+                folder.mkdir(parents=True)
+                (folder / "params").mkdir()
+                self.lock_folder(folder)
         self.folder = in_first_process(lambda: self.folder)
         if "states" in self.checkpoint:
             self.restore(states)
@@ -624,17 +619,18 @@ class Record:
         """
         for name, state in states.items():
             try:
-                if self.checkpoint["types"][name] != type(state).__name__:
-                    raise ValueError(f"{name} was of class {self.checkpoint['types'][name]}")
+                before = self.checkpoint["given"][name]
+                if before["class"] != type(state).__name__:
+                    raise ValueError(f"{name} was of class {before['class']}")
                 state.load_state_dict(self.checkpoint["states"][name])
             except (KeyError, RuntimeError, ValueError) as error:
                 reason = f"{self.folder / 'checkpoint.pt'} is of another model or optimizer"
                 line = f"main.py: error: {reason}: start a new run without --resume ({error!r})"
                 in_first_process(sys.exit, line)
-            before = self.checkpoint["given"][name]
-            for number, given in enumerate(self.given[name]):
-                changed = {key for key in given if given[key] != before[number].get(key)}
-                state.param_groups[number].update({key: given[key] for key in changed})
+            for number, given in enumerate(self.given[name]["groups"]):
+                earlier = before["groups"][number]
+                changed = {key: given[key] for key in given if given[key] != earlier.get(key)}
+                state.param_groups[number].update(changed)
 
     def add(self, name, **values):
         """Adds a row to a table, to be written later: numbers or one-element tensors."""
@@ -650,7 +646,8 @@ class Record:
         self.rows[name] = []
         if RANK > 0 or not rows:
             return
-        rows = [{column: float(value) for column, value in row.items()} for row in rows]
+        # Nine digits tell any two float32 numbers apart.
+        rows = [{column: f"{float(row[column]):.9g}" for column in row} for row in rows]
         path = self.folder / name
         with open(path, "a+", newline="") as table:
             table.seek(0)
@@ -660,15 +657,13 @@ class Record:
                 writer.writeheader()
             elif columns != list(rows[0]):
                 sys.exit(f"main.py: error: {path} has other columns than {list(rows[0])}")
-            for row in rows:
-                # Nine digits tell any two float32 numbers apart.
-                writer.writerow({column: f"{value:.9g}" for column, value in row.items()})
+            writer.writerows(rows)
             table.flush()
             os.fsync(table.fileno())
         for row in rows:
-            if not math.isfinite(row.get("loss", 0)):
-                place = f"step {row['step']:.0f}, epoch {row['epoch']:.0f}"
-                sys.exit(f"main.py: error: loss {row['loss']:f} in {place}: lower --lr")
+            if not math.isfinite(float(row.get("loss", 0))):
+                place = f"step {row['step']}, epoch {row['epoch']}"
+                sys.exit(f"main.py: error: loss {row['loss']} in {place}: lower --lr")
 
     @disk_errors_as_messages()
     def save(self, epoch, states):
@@ -692,7 +687,6 @@ class Record:
             "tables": tables,
             "machine": describe_machine(),
             "given": self.given,
-            "types": {name: type(state).__name__ for name, state in states.items()},
             "states": {name: state.state_dict() for name, state in states.items()},
         }
         buffer = io.BytesIO()
@@ -701,7 +695,6 @@ class Record:
         torch.load(buffer, weights_only=True)  # Fail now if it cannot be loaded again.
         write_whole(self.folder / "checkpoint.pt", buffer.getvalue())
 
-    @disk_errors_as_messages()
     def checksum(self):
         """Returns the first 16 digits of the SHA-256 of train.csv, test.csv and all parameters."""
         for name in self.rows:
@@ -749,16 +742,6 @@ def newest_run(log_dir):
     folders = [Path(log_dir, f"run-{number}") for number in run_numbers(log_dir)]
     begun = [folder for folder in folders if (folder / "checkpoint.pt").exists()]
     return begun[-1] if begun else None
-
-
-def make_run_folder(log_dir):
-    """Makes the folder of a new run, and returns it. Two runs at once get two folders."""
-    Path(log_dir).mkdir(parents=True, exist_ok=True)
-    while True:
-        folder = Path(log_dir, f"run-{max(run_numbers(log_dir), default=0) + 1}")
-        with suppress(FileExistsError):
-            folder.mkdir()
-            return folder
 
 
 # 4. Several processes, and main ------------------------------------------------------------------
@@ -826,7 +809,6 @@ def describe_machine():
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "processes": WORLD_SIZE,
     }

@@ -218,7 +218,7 @@ def test_disk_full(go, flags, assert_resumes, tmp_path):
 def test_a_log_dir_that_is_a_file(go, flags, tmp_path):
     (tmp_path / "file").write_text("mine")
     line = error_line(go("main.py", *flags, tmp_path / "file"))
-    assert line == f"main.py: error: {tmp_path}/file: File exists"
+    assert line == f"main.py: error: {tmp_path}/file/run-1: Not a directory"
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -245,8 +245,8 @@ def test_the_newest_run_that_has_a_checkpoint(go, copy, train):
     (copy / "run-11").mkdir()
     (copy / "run-old").mkdir()
     finished = go("main.py", "--log-dir", copy, "--resume", "--epochs", 4)
-    reason = "since run-11 was stopped before its first checkpoint"
-    assert finished.stderr == f"main.py: resuming {copy}/run-10 after epoch 3, {reason}\n"
+    reason = "later runs were stopped before their first checkpoint"
+    assert finished.stderr == f"main.py: resuming {copy}/run-10 after epoch 3: {reason}\n"
     assert f"the record is in {copy}/run-10 (" in finished.stdout
     assert "run-12" in train(copy)
 
