@@ -19,6 +19,7 @@ SGD = "optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum)"
 SCHEDULE = "Schedule(optimizer, args.schedule, args.epochs)"
 # Other lines are put before or after these.
 DATA = '    name = "mnist" if name == "auto" else name\n'
+ORDER = "        order = torch.from_numpy("
 CLASS = "class View("
 BEGIN = "    record.begin(flags, states)\n"
 ZERO = "        optimizer.zero_grad()\n"
@@ -44,11 +45,7 @@ def shown(beginning):
 
 
 TWO_GROUPS = """optim.Adam(
-        [
-            {"params": model.m[0].parameters(), "lr": 0.01},
-            {"params": model.m[1:].parameters(), "weight_decay": 0.1},
-        ],
-        lr=0.001,
+        [{"params": model.m[0].parameters(), "lr": 0.01}, {"params": model.m[1:].parameters()}]
     )"""
 
 COUNTING_SGD = """\
@@ -95,20 +92,10 @@ ADVERSARIAL = """\
         loss = loss_function(model(data), target)
 """
 
-CLOSURE = """\
-        def closure():
-            optimizer.zero_grad()
-            loss = loss_function(model(data), target)
-            loss.backward()
-            return loss
-
-"""
-
 NOISY = """\
 class Noisy(nn.Conv2d):
     def forward(self, x):
-        x = super().forward(x)
-        return x + 0.01 * torch.randn_like(x)
+        return super().forward(x + 0.1 * torch.randn_like(x))
 
 
 """
@@ -144,6 +131,7 @@ EDITS = {
         [before(DATA, "    train.data, train.targets = train.data[:300], train.targets[:300]\n")],
         18 * [0.1],
     ),
+    "half of the order": ([before(ORDER, "        order = order[::2]\n")], 18 * [0.1]),
 }
 SAME_RATES = {
     "another model": [before("class Schedule:", OWN_LENET)],
@@ -153,7 +141,9 @@ SAME_RATES = {
         after(ZERO, "        data.requires_grad_()\n"),
         before(BACKWARD, ADVERSARIAL),
     ],
-    "a closure": [before(STEP, CLOSURE), ("optimizer.step()", "optimizer.step(closure)")],
+    "a closure": [
+        ("optimizer.step()", "optimizer.step(lambda: loss_function(model(data), target))"),
+    ],
     "mixup with all generators": [before(ZERO, MIXUP)],
     "a center loss": [*CENTERED, before(BEGIN, '    states["centers"] = loss_function\n')],
     "one more table": TABLE_MORE,
