@@ -173,3 +173,4 @@ def test_dropout_is_the_faster_one_and_scales(dtype):
             output = layer(x)
         assert output.dtype == dtype and output.shape == x.shape and not calls.called
         assert torch.equal(output.unique(), torch.tensor([0, 4 / 3], dtype=dtype))
+    assert torch.equal(layer.eval()(x), x)
