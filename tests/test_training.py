@@ -51,10 +51,11 @@ def test_defaults(go):
         ("--seed", ["-1"]),
     ],
 )
-def test_flags_that_make_no_sense(go, flag, values):
+def test_flags_that_make_no_sense(go, tmp_path, flag, values):
     for value in values:
-        finished = go("main.py", flag, value)
+        finished = go("main.py", flag, value, cwd=tmp_path)
         assert f"argument {flag}: must be " in error_line(finished, 2) and finished.stdout == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_prints_what_the_guide_prints(train, small_mnist, tmp_path):
