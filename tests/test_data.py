@@ -9,7 +9,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import IncompleteRead
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -59,9 +58,6 @@ def refused(data_dir, name="auto"):
     return stop.value.code
 
 
-# Where the digits come from
-
-
 def test_images_are_those_of_torchvision(small_mnist):
     steps = [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
     _, *parts = main.load_dataset("auto", small_mnist)
@@ -74,12 +70,11 @@ def test_images_are_those_of_torchvision(small_mnist):
 
 
 @pytest.mark.parametrize("name, folder", [("fashion-mnist", "FashionMNIST"), ("kmnist", "KMNIST")])
-def test_other_datasets_have_their_own_folders(go, raw, tmp_path, name, folder):
+def test_other_datasets_have_their_own_folders(train, raw, tmp_path, name, folder):
     assert f"{tmp_path / folder / 'raw'} cannot be downloaded" in refused(tmp_path, name)
     raw.rename(tmp_path / folder / "raw")
-    flags = ("--data-dir", tmp_path, "--log-dir", tmp_path, "--batch-size", 600, "--epochs", 1)
-    finished = go("main.py", *flags, "--dataset", name)
-    assert finished.stdout.startswith(f"Training LeNet on {folder}\n")
+    output = train(tmp_path, "--data-dir", tmp_path, "--dataset", name, "--epochs", 1)
+    assert output.startswith(f"Training LeNet on {folder}\n")
 
 
 def test_mnist_5k_tests_on_every_fifth_of_each_digit():
@@ -105,24 +100,23 @@ def test_packed_files_that_were_copied_there_are_used(raw, tmp_path, monkeypatch
     assert main.load_dataset("auto", tmp_path)[0] == "mnist"
 
 
-def test_two_runs_that_start_at_once_download_once(download, tmp_path):
+@pytest.mark.parametrize("error", [TimeoutError, ConnectionResetError, IncompleteRead(b"")])
+def test_a_download_that_is_cut_off(download, raw, tmp_path, error):
+    """Then two runs start at once in an empty data dir, and one of them downloads."""
+    (raw / FILES[2]).unlink()
+    copy, download.side_effect = download.side_effect, error
+    for name in ("auto", "mnist"):
+        assert f"{raw} cannot be downloaded" in refused(tmp_path, name)
+    shutil.rmtree(raw.parent)
+    download.reset_mock()
+    download.side_effect = copy
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(main.load_dataset, ["auto", "mnist"], [tmp_path] * 2))
     assert [(name, len(train[0])) for name, train, _ in results] == [("mnist", 600)] * 2
     assert download.call_count == 4
 
 
-@pytest.mark.parametrize("error", [RuntimeError, ConnectionResetError, IncompleteRead(b"")])
-def test_a_download_that_is_cut_off(download, raw, tmp_path, error):
-    (raw / FILES[2]).unlink()
-    copy, download.side_effect = download.side_effect, error
-    for name in ("auto", "mnist"):
-        assert f"{raw} cannot be downloaded" in refused(tmp_path, name)
-    download.side_effect = copy
-    assert main.load_dataset("auto", tmp_path)[0] == "mnist"
-
-
-def test_a_server_that_does_not_answer(tmp_path, monkeypatch, capfd):
+def test_a_server_that_does_not_answer(tmp_path, monkeypatch):
     limit = socket.setdefaulttimeout
     monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: limit(seconds / 100))
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -132,9 +126,7 @@ def test_a_server_that_does_not_answer(tmp_path, monkeypatch, capfd):
         closing = threading.Timer(20, server.close)  # Without a limit, it would wait for ever.
         closing.start()
         assert "timed out" in refused(tmp_path, "mnist")
-        assert main.load_dataset("auto", tmp_path)[0] == "mnist-5k"
         closing.cancel()
-    assert "timed out" in capfd.readouterr().err
 
 
 def test_mnist_5k_is_the_way_out_without_network(tmp_path, capfd):
@@ -144,9 +136,6 @@ def test_mnist_5k_is_the_way_out_without_network(tmp_path, capfd):
         assert output == "" and errors.count("\n") == 1 and "Connection refused" in errors
         assert f"TRAINING ON MNIST-5K INSTEAD: {tmp_path / 'MNIST' / 'raw'} cannot" in errors
     assert "--dataset mnist-5k" in refused(tmp_path, "mnist")
-
-
-# What is refused
 
 
 def test_folders_and_files_that_will_not_do(raw, tmp_path, monkeypatch):
@@ -167,22 +156,16 @@ def test_a_students_mistake_keeps_its_traceback(raw, tmp_path, monkeypatch, erro
         main.load_dataset("auto", tmp_path / folder)
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_broken_files(raw, tmp_path, file):
-    whole = (raw / file).read_bytes()
-    for content in (b"", whole[:-1], b"<html>\n404 Not Found</html>\n" * 99):
-        (raw / file).write_bytes(content)
-        assert f"{raw} is broken: delete it" in refused(tmp_path)
-
-
 @pytest.mark.parametrize("part", ["train", "t10k"])
-def test_images_and_labels_that_make_no_sense(raw, tmp_path, part):
+def test_broken_files(raw, tmp_path, part):
+    file = raw / f"{part}-images-idx3-ubyte"
+    whole = file.read_bytes()
+    for content in (b"", whole[:-1], b"<html>\n404 Not Found</html>\n" * 99):
+        file.write_bytes(content)
+        assert f"{raw} is broken: delete it" in refused(tmp_path)
     for shape, label in (((9, 28, 28), 10), ((8, 28, 28), 0), ((9, 28, 27), 0)):
         write_idx(raw, part, np.zeros(shape), np.full(9, label))
         assert f"{raw} is broken: delete it" in refused(tmp_path)
-
-
-# Batches
 
 
 def make_loader(count, *arguments, **options):
@@ -202,9 +185,11 @@ def make_loader(count, *arguments, **options):
     ],
 )
 def test_batches_hold_every_image_once(count, batch_size, sizes, monkeypatch):
-    """`sizes` are those of the batches in each process."""
+    """`sizes` are those of the batches in each process. Batches for testing are not shared."""
     monkeypatch.setattr(main, "WORLD_SIZE", len(sizes))
-    orders = [list(range(count))]
+    tested = [target for _, target in make_loader(count, batch_size)]
+    orders = [torch.cat(tested).tolist()]
+    assert orders == [list(range(count))]
     for seed, epoch in ((1, 1), (1, 2), (2, 1)):
         loader = make_loader(count, batch_size, seed=seed)
         loader.epoch = epoch
@@ -220,20 +205,6 @@ def test_batches_hold_every_image_once(count, batch_size, sizes, monkeypatch):
         orders.append(order)
 
 
-def test_batches_for_testing_are_in_order_and_whole(monkeypatch):
-    monkeypatch.setattr(main, "WORLD_SIZE", 2)
-    targets = [target for _, target in make_loader(2500, 1000)]
-    assert [len(target) for target in targets] == [1000, 1000, 500]
-    assert torch.equal(torch.cat(targets), torch.arange(2500))
-
-
-def test_a_loader_refuses_what_it_would_spoil():
+def test_there_is_a_label_for_each_image():
     with pytest.raises(ValueError, match="5 images, but 4 labels"):
         main.Loader(torch.zeros(5, 28, 28).byte(), torch.zeros(4), 2)
-
-
-def test_an_order_that_an_edit_made_shorter(monkeypatch):
-    shorter = SimpleNamespace(permutation=lambda order: order[:130])
-    monkeypatch.setattr(np.random, "default_rng", lambda seed: shorter)
-    loader = main.Loader(torch.zeros(600, 28, 28).byte(), torch.arange(600), 50, seed=1)
-    assert [len(data) for data, _ in loader] == [50, 50, 30]

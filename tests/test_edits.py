@@ -1,7 +1,7 @@
 """What people change in main.py: each change does what it says, and its run can be resumed.
 
 A change is a text that occurs once in main.py, and what replaces it. Most of them were made by
-real readers of the guide in its program.
+real readers of the guide in its program; some stand in README.md.
 """
 
 import re
@@ -11,16 +11,21 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import FLAGS, act_before, checksum, edit, read_by_hand, rows
+from conftest import FLAGS, HOME, act_before, checksum, edit, read_by_hand, read_params, rows
+
+README = (HOME / "README.md").read_text()
 
 SGD = "optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum)"
 SCHEDULE = "Schedule(optimizer, args.schedule, args.epochs)"
 # Other lines are put before or after these.
 DATA = '    name = "mnist" if name == "auto" else name\n'
+ORDER = "        order = torch.from_numpy("
 CLASS = "class View("
 BEGIN = "    record.begin(flags, states)\n"
 ZERO = "        optimizer.zero_grad()\n"
 BACKWARD = "        loss.backward()\n"
+NORM = "                nn.BatchNorm2d(co),\n"
+POOL = "                nn.MaxPool2d(psz, stride=psz),\n"
 STEP = "        optimizer.step()\n"
 SCHEDULE_STEP = "        schedule.step()\n"
 SAVE = "        record.save(epoch, states)\n"
@@ -34,12 +39,13 @@ def after(anchor, text):
     return anchor, anchor + text
 
 
+def shown(beginning):
+    """The code in README.md that begins so."""
+    return re.search(f"`({re.escape(beginning)}[^`]*)`", README)[1]
+
+
 TWO_GROUPS = """optim.Adam(
-        [
-            {"params": model.m[0].parameters(), "lr": 0.01},
-            {"params": model.m[1:].parameters(), "weight_decay": 0.1},
-        ],
-        lr=0.001,
+        [{"params": model.m[0].parameters(), "lr": 0.01}, {"params": model.m[1:].parameters()}]
     )"""
 
 COUNTING_SGD = """\
@@ -52,19 +58,6 @@ class CountingSGD(optim.SGD):
 
 
 """
-
-# No loss is less than another one by 9.
-PLATEAU = """optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, patience=0, threshold=9, threshold_mode="abs"
-    )"""
-
-ONE_CYCLE = [
-    (SCHEDULE, 'optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 36, anneal_strategy="linear")'),
-    (SCHEDULE_STEP, ""),
-    after(STEP, SCHEDULE_STEP),
-    ("def train(", "def train(schedule, "),
-    ("        train(epoch", "        train(schedule, epoch"),
-]
 
 OWN_LENET = """\
 class LeNet(nn.Sequential):
@@ -93,44 +86,18 @@ CENTERED = [
     (SGD, SGD.replace("model.parameters()", "[*model.parameters(), *loss_function.parameters()]")),
 ]
 
-PENALTY = """\
-        slope = torch.autograd.grad(loss, data, create_graph=True)[0]
-        loss = loss + 10 * slope.square().sum()
-"""
-
 ADVERSARIAL = """\
         slope = torch.autograd.grad(loss, data)[0]
         data = (data + 0.1 * slope.sign()).detach()
         loss = loss_function(model(data), target)
 """
 
-CLOSURE = """\
-        def closure():
-            optimizer.zero_grad()
-            loss = loss_function(model(data), target)
-            loss.backward()
-            return loss
-
-"""
-
 NOISY = """\
 class Noisy(nn.Conv2d):
     def forward(self, x):
-        x = super().forward(x)
-        return x + 0.01 * torch.randn_like(x)
+        return super().forward(x + 0.1 * torch.randn_like(x))
 
 
-"""
-
-NORM_LAST = """\
-                nn.ReLU(True),
-                nn.MaxPool2d(psz, stride=psz),
-                nn.BatchNorm2d(co),
-"""
-NORM_FIRST = """\
-                nn.BatchNorm2d(co),
-                nn.ReLU(True),
-                nn.MaxPool2d(psz, stride=psz),
 """
 
 TABLE_MORE = [
@@ -138,29 +105,22 @@ TABLE_MORE = [
     before(SCHEDULE_STEP, '        record.add("epochs.csv", epoch=epoch)\n'),
 ]
 
-UNCHANGED_RATES = 36 * [0.1]
-# By name: the changes, and the learning rate of each step.
+# By name: the changes, and the learning rate of each of the 36 steps.
 EDITS = {
     "Adam, two groups": ([(SGD, TWO_GROUPS)], 36 * [0.01]),
     "an optimizer that counts its steps": (
         [before(CLASS, COUNTING_SGD), (SGD, "CountingSGD(model.parameters(), lr=0.1)")],
         [0.1] + [0.1 / count for count in range(1, 36)],
     ),
-    "a rate changed by hand": (
-        [after(STEP, '        optimizer.param_groups[0]["lr"] *= 0.99\n')],
-        [0.1 * 0.99**step for step in range(36)],
-    ),
     "StepLR": (
-        [(SCHEDULE, "optim.lr_scheduler.StepLR(optimizer, 1, 0.5)")],
-        np.repeat([0.1, 0.05, 0.025], 12),
+        [(SCHEDULE, shown("optim.lr_scheduler.StepLR(").replace("step_size=3", "step_size=1"))],
+        np.repeat([0.1, 0.01, 0.001], 12),
     ),
-    # The rate rises for 30 % of the steps; the factors 25 and 10,000 are PyTorch's defaults.
-    "OneCycleLR": (
-        ONE_CYCLE,
-        np.interp(range(36), [0, 0.3 * 36 - 1, 35], [0.1 / 25, 0.1, 0.1 / 25 / 1e4]),
-    ),
-    "ReduceLROnPlateau": (
-        [(SCHEDULE, PLATEAU), ("schedule.step()", "schedule.step(test_loss)")],
+    "ReduceLROnPlateau": (  # for a value that should rise, but the loss falls
+        [
+            (SCHEDULE, 'optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", patience=0)'),
+            ("schedule.step()", "schedule.step(test_loss)"),
+        ],
         np.repeat([0.1, 0.1, 0.01], 12),
     ),
     "a warm-up": (
@@ -171,31 +131,25 @@ EDITS = {
         [before(DATA, "    train.data, train.targets = train.data[:300], train.targets[:300]\n")],
         18 * [0.1],
     ),
-    "another model": ([before("class Schedule:", OWN_LENET)], UNCHANGED_RATES),
-    "norm behind pooling": ([(NORM_FIRST, NORM_LAST)], UNCHANGED_RATES),
-    "noisy convolutions": (
-        [before(CLASS, NOISY), ("nn.Conv2d(ci, co, ksz)", "Noisy(ci, co, ksz)")],
-        UNCHANGED_RATES,
-    ),
-    "adversarial images": (
-        [after(ZERO, "        data.requires_grad_()\n"), before(BACKWARD, ADVERSARIAL)],
-        UNCHANGED_RATES,
-    ),
-    "a closure": (
-        [before(STEP, CLOSURE), ("optimizer.step()", "optimizer.step(closure)")],
-        UNCHANGED_RATES,
-    ),
-    "mixup with all generators": ([before(ZERO, MIXUP)], UNCHANGED_RATES),
-    "a center loss": (
-        [*CENTERED, before(BEGIN, '    states["centers"] = loss_function\n')],
-        UNCHANGED_RATES,
-    ),
-    "one more table": (TABLE_MORE, UNCHANGED_RATES),
-    "fewer saved parameters": (
-        [before("write_whole(self.folder / f", "epoch % 2 or ")],
-        UNCHANGED_RATES,
-    ),
+    "half of the order": ([before(ORDER, "        order = order[::2]\n")], 18 * [0.1]),
 }
+SAME_RATES = {
+    "another model": [before("class Schedule:", OWN_LENET)],
+    "norm behind pooling": [(NORM, ""), after(POOL, NORM)],
+    "noisy convolutions": [before(CLASS, NOISY), ("nn.Conv2d(ci, co, ksz)", "Noisy(ci, co, ksz)")],
+    "adversarial images": [
+        after(ZERO, "        data.requires_grad_()\n"),
+        before(BACKWARD, ADVERSARIAL),
+    ],
+    "a closure": [
+        ("optimizer.step()", "optimizer.step(lambda: loss_function(model(data), target))"),
+    ],
+    "mixup with all generators": [before(ZERO, MIXUP)],
+    "a center loss": [*CENTERED, before(BEGIN, '    states["centers"] = loss_function\n')],
+    "one more table": TABLE_MORE,
+    "fewer saved parameters": [before("write_whole(self.folder / f", "epoch % 2 or ")],
+}
+EDITS |= {name: (changes, 36 * [0.1]) for name, changes in SAME_RATES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -223,16 +177,9 @@ def test_an_edited_run_and_its_resumption(name, go, train, unchanged, small_mnis
     assert "[Epoch  1]" not in resumed and checksum(resumed) == expected
 
 
-def test_a_test_in_the_middle_of_an_epoch_changes_nothing(train, unchanged, tmp_path):
-    call = "test(epoch, model, loss_function, train_loader)"
-    program = edit(tmp_path, after(STEP, f"        if batch_ix == 5:\n            {call}\n"))
-    output = train(tmp_path, program=program)
-    assert output.count("Average") == 6
-    assert checksum(output) == unchanged
-
-
 def test_what_only_looks_changes_nothing(train, unchanged, tmp_path):
-    """Outputs on a fixed batch, the loss of all training images, a history; LogSoftmax apart."""
+    """A test in the middle of an epoch, outputs on a fixed batch, the loss of all training images,
+    a history, and LogSoftmax apart."""
     look = """
         model.eval()
         print("outputs", model(fixed).exp().sum(1).mean().item())
@@ -240,8 +187,10 @@ def test_what_only_looks_changes_nothing(train, unchanged, tmp_path):
         history["accuracy"].append(accuracy)
         print(max(history["accuracy"]))
 """
+    middle = "if batch_ix == 5:\n            test(epoch, model, loss_function, train_loader)\n"
     program = edit(
         tmp_path,
+        after(STEP, f"        {middle}"),
         ("nn.Linear(500, 10),", "nn.Linear(500, 10), nn.LogSoftmax(1),"),
         ("nn.CrossEntropyLoss()", "nn.NLLLoss()"),
         after(BEGIN, "    history = {'accuracy': []}\n    fixed = next(iter(test_loader))[0]\n"),
@@ -249,7 +198,7 @@ def test_what_only_looks_changes_nothing(train, unchanged, tmp_path):
     )
     output = train(tmp_path, program=program)
     sums = [float(total) for total in re.findall("outputs (.*)", output)]
-    assert sums == pytest.approx([1, 1, 1]) and output.count("Average") == 6
+    assert sums == pytest.approx([1, 1, 1]) and output.count("Average") == 9
     assert checksum(output) == unchanged
 
 
@@ -273,49 +222,36 @@ def test_a_transform_changes_each_training_image_by_itself(train, small_mnist, t
     assert np.allclose(tested, read_by_hand(small_mnist, "t10k")[0][250:], atol=1e-5)
 
 
-def test_a_gradient_penalty_is_that_of_pytorchs_layers(train, tmp_path):
-    """The layers of part 2 can be differentiated twice."""
-    losses = []
-    for make_faster in ("make_faster(model)", "pass"):
-        program = edit(
-            tmp_path,
-            after(ZERO, "        data.requires_grad_()\n"),
-            before(BACKWARD, PENALTY),
-            ("    make_faster(model)", f"    {make_faster}"),
-        )
-        log_dir = tmp_path / make_faster
-        train(log_dir, "--epochs", 1, "--lr", 0.01, "--dropout", 0, program=program)
-        losses.append(column(log_dir, "train.csv", "loss")[:3])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
-def test_more_columns_and_a_line_for_each_step(go, train, tmp_path):
-    norm = "sum(p.grad.square().sum() for p in model.parameters()).sqrt()"
+def test_changes_that_the_readme_shows(go, train, tmp_path):
     program = edit(
         tmp_path,
-        after(BACKWARD, "        nn.utils.clip_grad_norm_(model.parameters(), 0.1)\n"),
-        before(STEP, '        print("batch", loss.item())\n'),
-        ("lr=lr, loss=loss", f"lr=lr, loss=loss, norm={norm}"),
+        (SGD, shown("optim.Adam(")),
+        ("nn.CrossEntropyLoss()", shown("nn.CrossEntropyLoss(")),
+        after(BACKWARD, f"        {shown('print(')}\n"),
+        before(STEP, f"        {shown('nn.utils.clip_grad_norm_(')}\n"),
+        ("lr=lr, loss=loss", f"lr=lr, loss=loss, {shown('bias=')}"),
         ('"accuracy": accuracy}', '"accuracy": accuracy, "seconds": time.monotonic() - started}'),
+        after(SAVE, f"        {shown('if accuracy')}\n"),
     )
-    lines = re.findall(r"^batch (\S+)$", train(tmp_path, program=program), re.MULTILINE)
+    lines = re.findall(r"^\d+ (\S+)$", train(tmp_path, program=program), re.MULTILINE)
     losses = column(tmp_path, "train.csv", "loss")
     assert [float(line) for line in lines] == pytest.approx(losses)
-    assert max(column(tmp_path, "train.csv", "norm")) == pytest.approx(0.1, rel=1e-3)
+    bias = read_params(tmp_path / "run-1", 3)["m.7.bias"].mean()
+    assert column(tmp_path, "train.csv", "bias")[-1] == pytest.approx(bias)
     assert len(column(tmp_path, "test.csv", "seconds")) == 3
     assert go("plot.py", tmp_path / "run-1").returncode == 0
     # Without the column again, the table would have rows of two kinds.
-    finished = go("main.py", "--log-dir", tmp_path, "--resume", "--epochs", 4)
+    program = edit(tmp_path, (SGD, shown("optim.Adam(")))
+    finished = go(program, "--log-dir", tmp_path, "--resume", "--epochs", 4)
     assert finished.returncode == 1 and len(finished.stderr.splitlines()) == 2
     assert "train.csv has other columns than" in finished.stderr
 
 
 def test_one_more_flag_after_a_run_was_recorded(train, tmp_path):
     train(tmp_path, "--epochs", 1)
-    flag = '    flag("--weight-decay", type=float, default=0.01)\n'
     program = edit(
         tmp_path,
-        before("    parser.set_defaults", flag),
+        before("    parser.set_defaults", f"    {shown('flag(').replace('0.0', '0.01')}\n"),
         ("momentum=args.momentum)", "momentum=args.momentum, weight_decay=args.weight_decay)"),
     )
     assert "   weight_decay:  0.01\n" in train(tmp_path, "--resume", program=program)

@@ -18,30 +18,17 @@ def calls_of(layer_type):
 
 
 def test_is_the_guides_lenet():
-    nets = []
-    for make in (main.LeNet, plain_lenet):
-        torch.manual_seed(5)
-        nets.append(make(dropout=0.5).double())
-    ours, plain = nets
-    assert sum(parameter.numel() for parameter in ours.parameters()) == 132_220
-    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
-    main.make_faster(ours)
+    """Its initial parameters, too. Compiled, it drops what PyTorch's layers drop, in all places."""
     images = torch.randn(8, 1, 28, 28).double()
-    # Compiled, it drops what PyTorch's layers drop, in all three places.
-    outputs = []
-    for net in (torch.compile(ours, backend="eager", fullgraph=True), plain):
-        torch.manual_seed(2)
-        outputs.append(net(images))
-    torch.testing.assert_close(*outputs)
-    expected = plain.eval()(images)
+    torch.manual_seed(5)
+    ours = main.LeNet(dropout=0.5).double()
+    main.make_faster(ours)
+    output = torch.compile(ours, backend="eager", fullgraph=True)(images)
+    torch.manual_seed(5)
+    torch.testing.assert_close(output, plain_lenet(dropout=0.5).double()(images))
     with calls_of(nn.Conv2d) as calls:
-        torch.testing.assert_close(ours.eval()(images), expected)
-        ours.train()(images)
+        ours(images)
     assert not calls.called
-
-
-# The guide's convbn
 
 
 def guides_block():
@@ -66,8 +53,7 @@ def hook(place, kind):
 # Changes after which a block is still the guide's, and so the faster one.
 FAST = {
     "none": lambda block: None,
-    "momentum": assign(1, momentum=0.3),
-    "eps": assign(1, eps=0.1),
+    "other settings of the norm": assign(1, momentum=0.3, eps=0.1),
     "frozen convolution": lambda block: block[0].requires_grad_(False),
     "another max pool": replace(3, nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)),
     "rare dropout": assign(4, p=1e-6),
@@ -107,9 +93,11 @@ def compute(block, x):
     x = x.clone().requires_grad_()
     block.zero_grad()
     output = block(x)
-    output.square().sum().backward()
-    gradients = [parameter.grad for parameter in block.parameters() if parameter.requires_grad]
-    return [output.detach(), x.grad, *gradients, *map(torch.clone, block.buffers())]
+    loss = output.square().sum()
+    (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+    (loss + slope.square().sum()).backward()  # as if a gradient in the images had a penalty
+    gradients = [parameter.grad for parameter in block.parameters()]
+    return [output, slope, x.grad, *gradients, *block.buffers()]
 
 
 @pytest.mark.parametrize("name", [*FAST, *SLOW])
@@ -120,17 +108,15 @@ def test_a_changed_block_is_the_same_function(name):
     main.make_faster(block)
     for net in (plain, block):
         (FAST | SLOW)[name](net)
-    was_slow = []
-    for training in (True, False, True):
-        x = torch.randn(4, 2, 9, 9).double()
-        expected = compute(plain.train(training), x)
-        with calls_of(nn.Conv2d) as calls:
+    with calls_of(nn.Conv2d) as calls:
+        for training in (True, False, True):
+            x = torch.randn(4, 2, 9, 9).double()
+            expected = compute(plain.train(training), x)
             found = compute(block.train(training), x)
-        for ours, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-            assert not ours.requires_grad  # Statistics with a graph would keep all of it alive.
-        was_slow.append(calls.called)
-    assert any(was_slow) == (name in SLOW)
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+            # Statistics with a graph would keep all of it alive.
+            assert not any(buffer.requires_grad for buffer in block.buffers())
+    assert (calls.call_count > 3) == (name in SLOW)  # The plain block calls it three times.
 
 
 def test_half_precision_hooks_and_single_images_are_left_to_pytorch():
@@ -140,9 +126,8 @@ def test_half_precision_hooks_and_single_images_are_left_to_pytorch():
     with calls_of(nn.Conv2d) as calls:
         with torch.autocast("cpu"):
             block(x)
-        handle = nn.modules.module.register_module_forward_pre_hook(lambda *details: None)
-        block(x)
-        handle.remove()
+        with nn.modules.module.register_module_forward_pre_hook(lambda *details: None):
+            block(x)
         with pytest.raises(ValueError, match="expected 4D input"):
             block(x[0])
         block.bfloat16()(x.bfloat16())
@@ -156,31 +141,27 @@ def test_layers_of_ones_own_stay():
         assert type(own).__name__ == "Own"
 
 
-# Dropout
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("p", [0.1, 0.25])
-def test_dropout_is_random_everywhere(p, layout):
-    layer = nn.Dropout(p)
+def test_dropout_is_random_everywhere(layout):
+    layer = nn.Dropout(0.1)
     main.make_faster(layer)
     torch.manual_seed(7)
     ones = torch.ones(200, 50, 10, 10).to(memory_format=layout).requires_grad_()
     output = layer(ones)
     output.sum().backward()
     assert torch.equal(ones.grad, output.detach())  # which scales gradients as well
-    centred, again = ((values != 0).double() - (1 - p) for values in (output, layer(ones)))
+    centred, again = ((values != 0).double() - 0.9 for values in (output, layer(ones)))
     # The same share for every image, every channel and every place, within five deviations,
     for part in ((0, 1, 2, 3), (1, 2, 3), (0, 2, 3), (0, 1)):
         means = centred.mean(part)
-        assert means.abs().max() < 5 * (p * (1 - p) * means.numel() / centred.numel()) ** 0.5
+        assert means.abs().max() < 5 * (0.1 * 0.9 * means.numel() / centred.numel()) ** 0.5
     # each value for itself, in the order of memory and in that of the indices, and anew each time.
     products = [(centred * again).flatten()]
     for order in ((0, 1, 2, 3), (0, 2, 3, 1)):
         row = centred.permute(order).flatten()
         products += [row[lag:] * row[:-lag] for lag in (*range(1, 9), 50, 100, 5000, 500_000)]
     for product in products:
-        assert product.mean().abs() < 5 * p * (1 - p) / len(product) ** 0.5
+        assert product.mean().abs() < 5 * 0.1 * 0.9 / len(product) ** 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -192,3 +173,4 @@ def test_dropout_is_the_faster_one_and_scales(dtype):
             output = layer(x)
         assert output.dtype == dtype and output.shape == x.shape and not calls.called
         assert torch.equal(output.unique(), torch.tensor([0, 4 / 3], dtype=dtype))
+    assert torch.equal(layer.eval()(x), x)
