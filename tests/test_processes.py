@@ -5,54 +5,45 @@ itself.
 """
 
 import os
-import re
 import signal
+import socket
 
 import numpy as np
 import pytest
-from conftest import (
-    FLAGS,
-    checksum,
-    edit,
-    end,
-    error_line,
-    read_by_hand,
-    read_params,
-    rows,
-    wait_for,
-)
+from conftest import checksum, edit, end, error_line, output_of, read_params, rows, wait_for
 
 
 @pytest.fixture
-def start_with(start_processes, small_mnist):
-    """Like start_processes, with the flags of a short run on the small data."""
+def start_with(start, flags):
+    """A function that starts main.py in so many processes, with what torchrun would tell them."""
 
-    def start_with(count, log_dir, *flags, **options):
-        flags = ("--data-dir", small_mnist, "--log-dir", log_dir, *FLAGS, *flags)
-        return start_processes(count, *flags, **options)
+    def start_with(count, log_dir, *more, program="main.py"):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        environ = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return [
+            start(program, *flags, log_dir, *more, environ=environ | {"RANK": str(rank)})
+            for rank in range(count)
+        ]
 
     return start_with
 
 
 @pytest.fixture
 def train_with(start_with):
-    """A function that trains in several processes, asserts success, and returns the output."""
+    """Like `train` of conftest.py, in so many processes. Only the first one may print."""
 
-    def train_with(count, log_dir, *flags, **options):
-        first, *others = map(end, start_with(count, log_dir, *flags, **options))
+    def train_with(*arguments, **options):
+        first, *others = map(end, start_with(*arguments, **options))
         for process in others:
             assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
-        line = r"main\.py: resuming .*\n" if "--resume" in flags else ""
-        assert first.returncode == 0 and re.fullmatch(line, first.stderr), first.stderr
-        return first.stdout
+        return output_of(first)
 
     return train_with
 
 
 def test_three_processes_that_are_stopped_and_resumed(train_with, tmp_path):
     whole = train_with(3, tmp_path / "whole")
-    assert whole.count("Training LeNet on MNIST") == 1
-    assert len(re.findall(r"^\[Epoch  \d\] Average", whole, re.MULTILINE)) == 3
     assert float(rows(tmp_path / "whole" / "run-1" / "test.csv")[-1]["accuracy"]) > 50
     train_with(3, tmp_path / "stopped", "--epochs", 1)
     assert checksum(train_with(3, tmp_path / "stopped", "--resume")) == checksum(whole)
@@ -79,25 +70,15 @@ def test_parameters_are_those_of_one_process(train_with, train, tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
-def test_each_process_has_its_own_images_and_dropout(train_with, small_mnist, tmp_path):
-    """Together, the images of an epoch are all training images. All know the folder of the run."""
+def test_each_process_has_its_own_images_and_dropout(train_with, tmp_path):
+    """No image comes twice in an epoch. All processes know the folder of the run."""
     save = "np.savez(record.folder / f'{RANK}-{batch_ix}', data=data, seed=torch.initial_seed())"
     program = edit(tmp_path, ("model.train()", f"{save}; model.train()"))
     train_with(2, tmp_path, "--epochs", 1, program=program)
-    run = tmp_path / "run-1"
-    files = [np.load(run / f"{rank}-{batch}.npz") for batch in range(12) for rank in (0, 1)]
+    files = [np.load(file) for file in tmp_path.glob("run-1/*.npz")]
     assert len({int(file["seed"]) for file in files}) == 2
-    assert {len(file["data"]) for file in files} == {25}
-    seen = np.concatenate([file["data"] for file in files]).reshape(600, -1)
-    given = read_by_hand(small_mnist, "train")[0].reshape(600, -1)
-    assert np.allclose(sorted(seen.tolist()), sorted(given.tolist()), atol=1e-5)
-
-
-def test_main_twice_in_each_process(train_with, tmp_path):
-    """As in a loop over the values of a flag."""
-    program = edit(tmp_path, ("    main()\n    if", "    main()\n    main()\n    if"))
-    train_with(2, tmp_path, "--epochs", 1, program=program)
-    assert len(rows(tmp_path / "run-2" / "test.csv")) == 1
+    assert [len(file["data"]) for file in files] == 2 * 12 * [25]
+    assert len({image.tobytes() for file in files for image in file["data"]}) == 600
 
 
 SAVE = "        record.save(epoch, states)\n"
@@ -109,14 +90,17 @@ LABELS = "    train.targets = train.targets[torch.randperm(600)]\n"
     "old, new, epochs",
     [
         # All processes stop early.
-        (SAVE, f"{SAVE}        if accuracy > 1:\n            break\n", 1),
+        (SAVE, f"{SAVE}        if accuracy > 1:\n            break\n", [1]),
         # The first one alone loads the data, and draws random numbers.
-        (DATA, f"    assert RANK == 0\n{LABELS}{DATA}", 2),
+        (DATA, f"    assert RANK == 0\n{LABELS}{DATA}", [2]),
+        # Two runs, as in a loop over the values of a flag.
+        ("    main()\n    if", "    main()\n    main()\n    if", [2, 2]),
     ],
 )
 def test_changes_work_in_two_processes(old, new, epochs, train_with, tmp_path):
     train_with(2, tmp_path, "--epochs", 2, program=edit(tmp_path, (old, new)))
-    assert len(rows(tmp_path / "run-1" / "test.csv")) == epochs
+    tables = sorted(tmp_path.glob("run-*/test.csv"))
+    assert [len(rows(table)) for table in tables] == epochs
 
 
 def test_gradients_that_differ_between_processes(start_with, tmp_path):
@@ -128,8 +112,8 @@ def test_gradients_that_differ_between_processes(start_with, tmp_path):
     assert "RuntimeError: the processes train different networks" in second.stderr
 
 
-def test_batch_too_small_for_two_processes(start_processes, tmp_path):
-    for process in start_processes(2, "--log-dir", tmp_path / "logs", "--batch-size", 3):
+def test_batch_too_small_for_two_processes(start_with, tmp_path):
+    for process in start_with(2, tmp_path / "logs", "--batch-size", 3):
         assert "--batch-size: must be 2 or more for each process" in error_line(end(process), 2)
     assert not (tmp_path / "logs").exists()
 
@@ -142,7 +126,6 @@ def test_one_process_resumes_what_two_began(start_with, go, tmp_path):
     os.kill(second.pid, signal.SIGKILL)
     assert end(first).returncode == 1
     done = len(rows(table))
-    assert done < 100
     resumed = go("main.py", "--log-dir", tmp_path, "--resume", "--epochs", done + 1)
     assert resumed.returncode == 0 and resumed.stderr.count("\n") == 2
     assert "sums may be rounded differently on this machine" in resumed.stderr
