@@ -1,4 +1,4 @@
-"""What the tests share: ways to run the programs, small data, and plain counterparts.
+"""What the tests share: running the programs, small data, what a run leaves, a plain LeNet.
 
 The programs run as their users start them, but forked from a process that has loaded PyTorch
 already: to load it takes 3 to 5 seconds, and there are some three hundred runs.
@@ -43,9 +43,6 @@ OFFLINE |= {"no_proxy": "", "NO_PROXY": ""}
 mnist_data = functools.cache(data.mnist_data)  # Reading its 5,000 digits takes seconds.
 
 FLAGS = ("--batch-size", 50, "--epochs", 3)  # of a short run on the small data
-
-
-# Running the programs
 
 
 def be_python(program, arguments, stdout, stderr, environ, cwd, prepare):
@@ -194,9 +191,6 @@ def edit(folder, *changes):
     return folder / "main.py"
 
 
-# Data
-
-
 def write_idx(folder, part, images, labels):
     """Writes a part, train or t10k, of a dataset in the format of MNIST's files."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -227,9 +221,6 @@ def small_mnist(tmp_path_factory):
     return folder
 
 
-# What a run leaves
-
-
 def rows(file):
     """The rows of a csv file, as dicts of texts."""
     return list(csv.DictReader(Path(file).read_text().splitlines()))
@@ -240,17 +231,11 @@ def read_params(run, epoch):
     return pickle.loads(Path(run, "params", f"epoch-{epoch:02}.pkl").read_bytes())
 
 
-class Hostile:
-    """What leaves a file behind if it is unpickled without care."""
-
-    def __init__(self, path):
-        self.path = path
+class Hostile(str):
+    """The path of a file which is there once this has been unpickled without care."""
 
     def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-# The guide's LeNet
+        return Path.touch, (Path(self),)
 
 
 def plain_lenet(dropout=0.0):
