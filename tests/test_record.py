@@ -55,9 +55,6 @@ def results(run):
     return {name: content for name, content in contents(run).items() if name.endswith(suffixes)}
 
 
-# What it consists of
-
-
 def test_files_of_a_run(twin, small_mnist):
     names = ["checkpoint.pt", "machine.json", "main-00.py", *PARAMS]
     assert sorted(contents(twin)) == [*names, "settings.json", "test.csv", "train.csv"]
@@ -74,8 +71,7 @@ def test_parameters_are_float32_arrays_under_the_models_names(twin):
     for epoch in range(4):
         arrays = read_params(twin, epoch)
         assert {name: array.shape for name, array in arrays.items()} == shapes
-        kinds = {(type(array), array.dtype.name) for array in arrays.values()}
-        assert kinds == {(np.ndarray, "float32")}
+        assert all(array.dtype == np.float32 for array in arrays.values())
         assert arrays["m.4.num_batches_tracked"] == epoch * 12
 
 
@@ -131,9 +127,6 @@ def test_stopped_and_resumed(action, status, line, name, count, go, flags, twin,
     # A run that was stopped before its first checkpoint is started again.
     assert resumed.stderr.startswith("main.py: resuming") == is_begun
     assert results(main.newest_run(tmp_path)) == results(twin)
-
-
-# What is written when
 
 
 def watch_the_disk(folder):
@@ -235,12 +228,9 @@ def test_damaged_runs_are_not_resumed(name, go, copy, tmp_path):
     assert contents(copy) == before and not (tmp_path / "touched").exists()
 
 
-# Two runs at once
-
-
 def test_a_run_that_is_still_going_on_cannot_be_resumed(start, go, flags, twin, tmp_path):
-    pause = (signal.raise_signal, signal.SIGSTOP)
-    prepare = partial(act_before, tmp_path, "epoch-02.tmp", 1, *pause)
+    pause = partial(signal.raise_signal, signal.SIGSTOP)
+    prepare = partial(act_before, tmp_path, "epoch-02.tmp", 1, pause)
     first = start("main.py", *flags, tmp_path, prepare=prepare)
     table = tmp_path / "run-1" / "test.csv"
     wait_for(lambda: table.exists() and len(rows(table)) == 2)
