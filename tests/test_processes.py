@@ -81,6 +81,7 @@ def test_each_process_has_its_own_images_and_dropout(train_with, tmp_path):
     assert len({image.tobytes() for file in files for image in file["data"]}) == 600
 
 
+SCHEDULE = "Schedule(optimizer, args.schedule, args.epochs)"
 SAVE = "        record.save(epoch, states)\n"
 DATA = '    name = "mnist" if name == "auto" else name\n'
 LABELS = "    train.targets = train.targets[torch.randperm(600)]\n"
@@ -130,7 +131,14 @@ def test_one_process_resumes_what_two_began(go_with, go, tmp_path):
     assert epochs == ["1", "2", "3"]
 
 
-@pytest.mark.parametrize("old, new", [("500, 10)", "500, 11)"), ("optim.SGD", "optim.RMSprop")])
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("500, 10)", "500, 11)"),
+        ("optim.SGD", "optim.RMSprop"),
+        (SCHEDULE, "optim.lr_scheduler.LinearLR(optimizer)"),
+    ],
+)
 def test_a_checkpoint_of_another_model_or_optimizer(old, new, go_with, train, tmp_path):
     """The first process says so in one line, and the other one ends, too."""
     train(tmp_path, "--epochs", 1)
