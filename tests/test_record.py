@@ -76,9 +76,8 @@ def test_parameters_are_float32_arrays_under_the_models_names(twin):
 
 
 def test_the_program_and_the_machine(train, tmp_path):
-    program = edit(tmp_path)
-    train(tmp_path, "--epochs", 1, program=program)
-    edit(tmp_path, ("INTERVAL = 100", "INTERVAL = 10"))
+    train(tmp_path, "--epochs", 1)
+    program = edit(tmp_path, ("INTERVAL = 100", "INTERVAL = 10"))
     train(tmp_path, "--resume", program=program)
     run = tmp_path / "run-1"
     assert (run / "main-00.py").read_text() == (HOME / "main.py").read_text()
@@ -86,9 +85,6 @@ def test_the_program_and_the_machine(train, tmp_path):
     machine = json.loads((run / "machine.json").read_text())
     assert (machine["python"], machine["torch"]) == (platform.python_version(), torch.__version__)
     assert (machine["threads"], machine["processes"]) == (1, 1)
-
-
-# Kills, signals and a full disk
 
 
 def fill_the_disk():
@@ -167,9 +163,6 @@ def test_a_log_dir_that_is_a_file(go, flags, tmp_path):
     (tmp_path / "file").write_text("mine")
     line = error_line(go("main.py", *flags, tmp_path / "file"))
     assert line == f"main.py: error: {tmp_path}/file: File exists"
-
-
-# --resume
 
 
 def test_given_flags_win_then_recorded_ones_then_defaults(go, copy, tmp_path):
@@ -269,9 +262,6 @@ def test_main_leaves_no_lock_behind(flags, tmp_path, monkeypatch):
     checkpoint.write_bytes(content)
     main.main([*flags, "--resume"])
     assert interrupted.tb and damaged.tb  # They keep all objects alive, as a notebook does.
-
-
-# Standard output
 
 
 def close_output():
