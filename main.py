@@ -837,7 +837,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if RANK > 0 or sys.stdout is None:  # One process prints for all. (`>&-` leaves no output.)
+    if RANK > 0:  # One process prints for all.
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if hasattr(sys.stdout, "reconfigure"):  # A notebook's output has no such method.
         sys.stdout.reconfigure(line_buffering=True)  # so that each line reaches a log at once

@@ -1,4 +1,4 @@
-"""What the tests share: ways to run the programs, small data, and plain counterparts.
+"""What the tests share: running the programs, small data, what a run leaves, a plain LeNet.
 
 The programs run as their users start them, but forked from a process that has loaded PyTorch
 already: to load it takes 3 to 5 seconds, and there are some three hundred runs.
@@ -6,13 +6,13 @@ already: to load it takes 3 to 5 seconds, and there are some three hundred runs.
 
 import csv
 import functools
+import itertools
 import multiprocessing
 import os
 import pickle
 import re
 import runpy
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -42,17 +42,13 @@ OFFLINE |= {"no_proxy": "", "NO_PROXY": ""}
 
 mnist_data = functools.cache(data.mnist_data)  # Reading its 5,000 digits takes seconds.
 
-# For a run of three short epochs.
-FLAGS = ("--batch-size", 50, "--epochs", 3)
+FLAGS = ("--batch-size", 50, "--epochs", 3)  # of a short run on the small data
 
 
-# Running the programs
-
-
-def be_python(program, arguments, output, environ, cwd, prepare):
+def be_python(program, arguments, stdout, stderr, environ, cwd, prepare):
     """Does in this process what `python PROGRAM ARGUMENTS` does, without network."""
-    for descriptor, suffix in ((1, ".out"), (2, ".err")):
-        os.dup2(os.open(output + suffix, os.O_WRONLY), descriptor)
+    for descriptor, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ.update(OFFLINE | environ)
     os.chdir(cwd)
     sys.argv = [str(program), *arguments]
@@ -79,16 +75,14 @@ def start(tmp_path_factory):
     processes = []
 
     def start(program, *arguments, environ=None, cwd=folder, prepare=None):
-        output = str(folder / str(len(processes)))
-        for suffix in (".out", ".err"):
-            Path(output + suffix).touch()
+        outputs = [folder / f"{len(processes)}.{name}" for name in ("out", "err")]
         arguments = [str(argument) for argument in arguments]
-        details = (HOME / program, arguments, output, environ or {}, cwd, prepare)
+        details = (HOME / program, arguments, *outputs, environ or {}, cwd, prepare)
         process = context.Process(target=be_python, args=details)
         with pytest.MonkeyPatch.context() as patch:  # for the fork server's own start
             patch.setenv("PYTHONPATH", str(HOME / "tests"))
             process.start()
-        process.output = output
+        process.stdout, process.stderr = outputs
         processes.append(process)
         return process
 
@@ -98,18 +92,13 @@ def start(tmp_path_factory):
             process.kill()
 
 
-def printed(process):
-    """What a process has printed so far."""
-    return Path(process.output + ".out").read_text()
-
-
 def end(process):
     """Waits for the end of a process; gives its returncode, stdout and stderr."""
     process.join(100)
     if process.is_alive():
         pytest.fail("the run does not end")
-    errors = Path(process.output + ".err").read_text()
-    return SimpleNamespace(returncode=process.exitcode, stdout=printed(process), stderr=errors)
+    stdout, stderr = process.stdout.read_text(), process.stderr.read_text()
+    return SimpleNamespace(returncode=process.exitcode, stdout=stdout, stderr=stderr)
 
 
 @pytest.fixture(scope="session")
@@ -118,35 +107,27 @@ def go(start):
     return lambda *arguments, **options: end(start(*arguments, **options))
 
 
+def output_of(finished):
+    """Asserts that main.py succeeded without a warning; returns what it printed."""
+    assert finished.returncode == 0, finished.stderr
+    assert re.fullmatch(r"(main\.py: resuming .*\n)?", finished.stderr), finished.stderr
+    return finished.stdout
+
+
 @pytest.fixture(scope="session")
-def train(go, small_mnist):
+def flags(small_mnist):
+    """The flags of a short run on the small data; the log dir has to follow them."""
+    return ("--data-dir", small_mnist, *FLAGS, "--log-dir")
+
+
+@pytest.fixture(scope="session")
+def train(go, flags):
     """A function that trains on the small data, asserts success, and gives what was printed."""
 
-    def train(log_dir, *flags, program="main.py", **options):
-        common = ("--data-dir", small_mnist, "--log-dir", log_dir, *FLAGS)
-        finished = go(program, *common, *flags, **options)
-        # Nothing else may stand on standard error.
-        line = r"(main\.py: resuming .*\n)?" if "--resume" in flags else ""
-        assert finished.returncode == 0 and re.fullmatch(line, finished.stderr), finished.stderr
-        return finished.stdout
+    def train(log_dir, *more, program="main.py", **options):
+        return output_of(go(program, *flags, log_dir, *more, **options))
 
     return train
-
-
-@pytest.fixture
-def start_processes(start):
-    """A function that starts main.py in so many processes, with what torchrun would tell them."""
-
-    def start_processes(count, *arguments, program="main.py", **options):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = str(free.getsockname()[1])
-        common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        return [
-            start(program, *arguments, environ=common | {"RANK": str(rank)}, **options)
-            for rank in range(count)
-        ]
-
-    return start_processes
 
 
 @pytest.fixture
@@ -187,18 +168,15 @@ def act_before(folder, name, count, action, *arguments):
 
     Counted from 1, it is operation `count` on files of that name (`*`: any). For `prepare`.
     """
-    seen = []
+    operations = itertools.count(1)
 
     def hook(event, details):
-        if event not in ("open", "os.rename", "os.mkdir", "os.truncate"):
+        if event not in ("open", "os.rename", "os.mkdir"):
             return
-        if not isinstance(details[0], (str, os.PathLike)):
-            return
-        path = Path(details[0])
-        if path.is_relative_to(folder) and path.name != ".lock" and name in (path.name, "*"):
-            seen.append(path)
-            if len(seen) == count:
-                action(*arguments)
+        path = Path(str(details[0]))  # What is opened may be a number, a file descriptor.
+        is_counted = path.is_relative_to(folder) and path.name != ".lock"
+        if is_counted and name in (path.name, "*") and next(operations) == count:
+            action(*arguments)
 
     sys.addaudithook(hook)
 
@@ -211,9 +189,6 @@ def edit(folder, *changes):
         text = text.replace(old, new)
     (folder / "main.py").write_text(text)
     return folder / "main.py"
-
-
-# Data
 
 
 def write_idx(folder, part, images, labels):
@@ -246,9 +221,6 @@ def small_mnist(tmp_path_factory):
     return folder
 
 
-# What a run leaves
-
-
 def rows(file):
     """The rows of a csv file, as dicts of texts."""
     return list(csv.DictReader(Path(file).read_text().splitlines()))
@@ -259,17 +231,11 @@ def read_params(run, epoch):
     return pickle.loads(Path(run, "params", f"epoch-{epoch:02}.pkl").read_bytes())
 
 
-class Hostile:
-    """What leaves a file behind if it is unpickled without care."""
-
-    def __init__(self, path):
-        self.path = path
+class Hostile(str):
+    """The path of a file which is there once this has been unpickled without care."""
 
     def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-# The guide's LeNet
+        return Path.touch, (Path(self),)
 
 
 def plain_lenet(dropout=0.0):
