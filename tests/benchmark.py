@@ -7,11 +7,9 @@
 They need MNIST in ./data, or in --data-dir, and a machine that has nothing else to do. They print
 tables for the README. All programs run on the CPU.
 
-A round is one process of each program, one after the other, which trains LeNet at the guide's
-settings for two epochs. (With --busy it is one: threads that wait for one another would take many
-minutes.) The time of a step is that of the last epoch, divided by its steps. Since the speed of a
-machine changes within minutes, a ratio compares two programs of the same round. The table has the
-median of all rounds, and the extremes.
+In a round, each program trains LeNet for two epochs in a process of its own. (With --busy, for one:
+threads that wait for one another would take many minutes.) The time of a step is the mean over the
+last epoch. The speed of a machine changes within minutes, so ratios compare programs of one round.
 """
 
 import argparse
@@ -60,10 +58,9 @@ marks = []  # the times at which each epoch began, and at which its test began
 def guides_loaders(data_dir):
     """The guide's train_loader and test_loader."""
     steps = [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
-    train, test = (
-        datasets.MNIST(data_dir, train=is_train, transform=transforms.Compose(steps))
-        for is_train in (True, False)
-    )
+    transform = transforms.Compose(steps)
+    train = datasets.MNIST(data_dir, train=True, transform=transform)
+    test = datasets.MNIST(data_dir, train=False, transform=transform)
     return DataLoader(train, 128, shuffle=True), DataLoader(test, 1000, shuffle=True)
 
 

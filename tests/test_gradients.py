@@ -87,10 +87,8 @@ def test_train_mode_has_the_dropout_of_the_run(go, copied, small_mnist):
     assert norms()[-1] == pytest.approx(expected, rel=1e-3) != with_dropout[-1]
 
 
-@pytest.mark.parametrize(
-    "batch_size, count",
-    [(5, 100), (70, 8)],  # the first 100 of 120; without a last one of 40 images
-)
+# The first 100 of 120, and without a last one of 40 images.
+@pytest.mark.parametrize("batch_size, count", [(5, 100), (70, 8)])
 def test_mini_batches_and_epochs(go, copied, batch_size, count):
     for epoch, other in ((0, "99"), (1, "100")):
         (copied / "params" / f"epoch-0{epoch}.pkl").rename(copied / f"params/epoch-{other}.pkl")

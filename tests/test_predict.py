@@ -133,9 +133,7 @@ def test_no_mistakes_are_drawn_as_an_empty_row(tmp_path):
     assert Image.open(tmp_path / "drawn.png").height == 132
 
 
-def test_data_dir_and_output(go, run, tmp_path):
-    nowhere = tmp_path / "nowhere"
-    assert str(nowhere) in error_line(go("predict.py", "--run", run, "--data-dir", nowhere))
+def test_output(go, run, tmp_path):
     assert go("predict.py", "--run", run, "--output", tmp_path / "drawn.png").returncode == 0
     assert (tmp_path / "drawn.png").exists()
     draw_mask(3).save(tmp_path / "3.png")
@@ -157,9 +155,11 @@ def test_pictures_that_cannot_be_read_get_a_line_each(go, run, tmp_path):
     assert finished.stdout.startswith("3.png: 3 (")
 
 
-def test_runs_that_cannot_be_read(go, run, tmp_path):
+def test_runs_and_data_that_cannot_be_read(go, run, tmp_path):
     assert "no run in ./logs" in error_line(go("predict.py", cwd=tmp_path))
     assert "nowhere" in error_line(go("predict.py", "--run", "nowhere"))
+    empty = tmp_path / "data"  # The flag wins over the run's own data dir.
+    assert str(empty) in error_line(go("predict.py", "--run", run, "--data-dir", empty))
     copied = shutil.copytree(run, tmp_path / "run-1")
     torch.save(Hostile(tmp_path / "it ran"), copied / "checkpoint.pt")
     assert "run-1" in error_line(go("predict.py", "--run", copied))
