@@ -148,7 +148,7 @@ def run_program(program, *details):
     train = train_main if program.startswith(MAIN) else train_as_the_guide
     accuracy = train(program, *details)
     start, tested = marks[-2:]
-    step = (tested - start) / 469
+    step = (tested - start) / 469  # steps an epoch
     print(json.dumps({"step": step, "test": time.monotonic() - tested, "accuracy": accuracy}))
 
 
