@@ -7,18 +7,9 @@
 They need MNIST in ./data, or in --data-dir, and a machine that has nothing else to do. They print
 tables for the README. All programs run on the CPU.
 
-Speed. A round is one process of each program, one after the other, which trains LeNet at the
-guide's settings for two epochs and tests it after each of them. The time of a step is that of the
-second epoch, divided by its steps. Since the speed of a machine changes within minutes, a ratio
-compares two programs of the same round; the table has the median of all rounds, and the extremes.
-
-- The guide's loop is the guide's program in today's PyTorch.
-- The rival is the same model and loop on tensors: images are normalised once and then indexed.
-- The rival in channels_last has its weights in the order in memory that CPUs convolve fastest.
-- main.py without a measure of its part 2 has PyTorch's own way instead.
-
-With --busy, a round is one epoch of the rival and of main.py: threads that wait for one another make
-the others take many minutes.
+In a round, each program trains LeNet for two epochs in a process of its own. (With --busy, for one:
+threads that wait for one another would take many minutes.) The time of a step is the mean over the
+last epoch. The speed of a machine changes within minutes, so ratios compare programs of one round.
 """
 
 import argparse
@@ -36,37 +27,41 @@ from pathlib import Path
 import torch
 import torchnet as tnt
 from torch import nn, optim
+from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main
 
-GUIDE = "the guide's loop"
-RIVAL = "the rival"
-CHANNELS_LAST = "the rival in channels_last"
+
+def moments_by_autograd(x):
+    """What ChannelMoments computes, in operations of PyTorch's."""
+    mean = x.mean((0, 2, 3))
+    return mean, (x - mean[:, None, None]).square().mean((0, 2, 3))
+
+
+GUIDE = "the guide's loop"  # in today's PyTorch
+RIVAL = "the rival"  # the same on tensors: images are normalised once, and then indexed
+CHANNELS_LAST = "the rival in channels_last"  # the order in memory that CPUs convolve fastest
 MAIN = "main.py"
-WITHOUT = [
-    "main.py without faster dropout",
-    "main.py without faster blocks",
-    "main.py without ChannelMoments",
-]
+# Without a measure of its part 2, main.py has PyTorch's own way instead.
+WITHOUT = {
+    "main.py without faster dropout": (main.DropoutFromBits, "forward", nn.Dropout.forward),
+    "main.py without faster blocks": (main, "is_guides_convbn", lambda block: False),
+    "main.py without ChannelMoments": (main.ChannelMoments, "apply", moments_by_autograd),
+}
+
+marks = []  # the times at which each epoch began, and at which its test began
 
 
 def guides_loaders(data_dir):
     """The guide's train_loader and test_loader."""
     steps = [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
     transform = transforms.Compose(steps)
-    return (
-        torch.utils.data.DataLoader(
-            datasets.MNIST(data_dir, train=True, transform=transform), batch_size=128, shuffle=True
-        ),
-        torch.utils.data.DataLoader(
-            datasets.MNIST(data_dir, train=False, transform=transform),
-            batch_size=1000,
-            shuffle=True,
-        ),
-    )
+    train = datasets.MNIST(data_dir, train=True, transform=transform)
+    test = datasets.MNIST(data_dir, train=False, transform=transform)
+    return DataLoader(train, 128, shuffle=True), DataLoader(test, 1000, shuffle=True)
 
 
 class TensorLoader:
@@ -89,7 +84,7 @@ def tensor_loaders(data_dir):
 
 
 def train_as_the_guide(program, data_dir, epochs, seed):
-    """The guide's program, with its own loaders or the rival's; returns what `report` does."""
+    """The guide's program, with its own loaders or the rival's; returns the accuracy."""
     torch.manual_seed(seed)
     loaders = guides_loaders if program == GUIDE else tensor_loaders
     train_loader, test_loader = loaders(data_dir)
@@ -98,7 +93,6 @@ def train_as_the_guide(program, data_dir, epochs, seed):
         model.to(memory_format=torch.channels_last)
     loss_function = nn.CrossEntropyLoss()
     optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    marks = []
     for epoch in range(1, epochs + 1):
         marks.append(time.monotonic())
         model.train()
@@ -112,8 +106,7 @@ def train_as_the_guide(program, data_dir, epochs, seed):
                 print(f"[Epoch {epoch:2}, batch {batch_ix:3}] training loss: {loss.item():.4f}")
         marks.append(time.monotonic())
         accuracy = test_as_the_guide(model, loss_function, test_loader)
-    marks.append(time.monotonic())
-    return report(marks, accuracy)
+    return accuracy
 
 
 @torch.no_grad()
@@ -131,46 +124,36 @@ def test_as_the_guide(model, loss_function, test_loader):
 
 
 def train_main(program, data_dir, epochs, seed, schedule="constant"):
-    """main.py, perhaps without one of its measures."""
-    if program == WITHOUT[0]:
-        main.DropoutFromBits.forward = nn.Dropout.forward
-    if program == WITHOUT[1]:
-        main.is_guides_convbn = lambda block: False
-    if program == WITHOUT[2]:
-        main.ChannelMoments.apply = moments_by_autograd
-    marks = []
-    functions = {"train": main.train, "test": main.test}
+    """main.py, perhaps without one of its measures; returns the accuracy."""
+    if program in WITHOUT:
+        setattr(*WITHOUT[program])
 
-    def timed(name):
-        def function(*arguments):
+    def timed(function):
+        def timed_function(*arguments):
             marks.append(time.monotonic())
-            return functions[name](*arguments)
+            return function(*arguments)
 
-        return function
+        return timed_function
 
-    main.train = timed("train")
-    main.test = timed("test")
+    main.train = timed(main.train)
+    main.test = timed(main.test)
     flags = ["--data-dir", data_dir, "--dataset", "mnist", "--epochs", str(epochs)]
     main.main([*flags, "--seed", str(seed), "--schedule", schedule])
-    marks.append(time.monotonic())
     with open("logs/run-1/test.csv", newline="") as file:
-        return report(marks, float(list(csv.DictReader(file))[-1]["accuracy"]))
+        return float(list(csv.DictReader(file))[-1]["accuracy"])
 
 
-def moments_by_autograd(x):
-    """What ChannelMoments computes, in operations of PyTorch's."""
-    mean = x.mean((0, 2, 3))
-    return mean, (x - mean[:, None, None]).square().mean((0, 2, 3))
-
-
-def report(marks, accuracy):
-    """What is told of a run whose last epoch began, was tested and ended at the last three marks."""
-    start, tested, ended = marks[-3:]
-    return {"step": (tested - start) / 469, "test": ended - tested, "accuracy": accuracy}
+def run_program(program, *details):
+    """Prints the times, in seconds, of a step and a test in the last epoch, and the accuracy."""
+    train = train_main if program.startswith(MAIN) else train_as_the_guide
+    accuracy = train(program, *details)
+    start, tested = marks[-2:]
+    step = (tested - start) / 469  # steps an epoch
+    print(json.dumps({"step": step, "test": time.monotonic() - tested, "accuracy": accuracy}))
 
 
 def in_a_process(*details):
-    """Runs a program in a process and a folder of its own; returns its report, and its seconds."""
+    """Runs a program in a process and a folder of its own; returns what it printed, as a dict."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     if details[0] in (GUIDE, RIVAL, CHANNELS_LAST):
         del environment["GOMP_SPINCOUNT"]  # main.py has set it for itself.
@@ -187,7 +170,7 @@ def in_a_process(*details):
 
 
 def compare_speed(args):
-    """Prints the table of all programs, perhaps beside others that keep a CPU busy."""
+    """Prints the table of all programs, perhaps beside others that keep the CPU busy."""
     programs, epochs = [GUIDE, RIVAL, CHANNELS_LAST, MAIN, *WITHOUT], 2
     if args.busy:
         programs, epochs = [RIVAL, MAIN], 1
@@ -202,17 +185,20 @@ def compare_speed(args):
         for process in busy:
             process.kill()
     rivals = [name for name in (GUIDE, RIVAL) if name in programs]
-    ratios = " | ".join(f"of {name}" for name in rivals)
-    print(f"| program | ms a step | {ratios} | test, s | process of {epochs} epochs, s |")
-    print(f"| --- | --- |{' --- |' * len(rivals)} --- | --- |")
+    ratios = [f"of {name}" for name in rivals]
+    print_row("program", "ms a step", *ratios, "test, s", f"process of {epochs} epochs, s")
+    print_row(*["---"] * (4 + len(rivals)))
     for name in programs:
         step, test, process = (
             statistics.median(result[name][key] for result in rounds)
             for key in ("step", "test", "process")
         )
         ratios = [ratio_of_steps(rounds, name, other) for other in rivals]
-        cells = [name, f"{1000 * step:.1f}", *ratios, f"{test:.2f}", f"{process:.1f}"]
-        print(f"| {' | '.join(cells)} |")
+        print_row(name, f"{1000 * step:.1f}", *ratios, f"{test:.2f}", f"{process:.1f}")
+
+
+def print_row(*cells):
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def ratio_of_steps(rounds, name, other):
@@ -223,19 +209,16 @@ def ratio_of_steps(rounds, name, other):
 
 def compare_accuracy(args):
     """Prints the accuracy after ten epochs, of one run after the other."""
-    print(f"| program | schedule | mean ± deviation | seeds 1 to {args.seeds} |")
-    print("| --- | --- | --- | --- |")
+    print_row("program", "schedule", "mean ± deviation", f"seeds 1 to {args.seeds}")
+    print_row(*["---"] * 4)
+    seeds = range(1, args.seeds + 1)
     for name, *schedule in ((GUIDE,), (MAIN,), (MAIN, "step"), (MAIN, "cosine")):
-        accuracies = []
-        for seed in range(1, args.seeds + 1):
-            details = (name, args.data_dir, 10, seed, *schedule)
-            accuracies.append(in_a_process(*details)["accuracy"])
+        results = [in_a_process(name, args.data_dir, 10, seed, *schedule) for seed in seeds]
+        accuracies = [result["accuracy"] for result in results]
         spread = f" ± {statistics.stdev(accuracies):.2f}" if args.seeds > 1 else ""
-        mean = f"{statistics.mean(accuracies):.2f}{spread}"
         each = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
-        print(
-            f"| {name} | {schedule[0] if schedule else 'constant'} | {mean} | {each} |", flush=True
-        )
+        mean = f"{statistics.mean(accuracies):.2f}{spread}"
+        print_row(name, *(schedule or ["constant"]), mean, each)
 
 
 def parse_and_run():
@@ -248,8 +231,7 @@ def parse_and_run():
     parser.add_argument("--call", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.call:
-        function = train_main if args.call[0].startswith(MAIN) else train_as_the_guide
-        print(json.dumps(function(*args.call)))
+        run_program(*args.call)
         return
     threads = torch.get_num_threads()
     print(f"{platform.machine()}, {threads} threads, PyTorch {torch.__version__}\n")

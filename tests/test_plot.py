@@ -1,9 +1,7 @@
 """plot.py: it draws what is in the tables, whatever state the runs are in."""
 
-import io
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -59,7 +57,7 @@ def test_curves_are_those_of_the_tables(tmp_path):
     times = pytest.approx([step / 40 for step in range(1, 81)])
     light, mean = panels["training loss"].lines
     assert list(light.get_xdata()) == times and list(light.get_ydata()) == list(table.loss)
-    assert mean.get_ydata()[40] == pytest.approx(table.loss[36:45].mean(), rel=0.01)
+    assert mean.get_ydata()[40] == pytest.approx(table.loss[36:45].mean())
     assert mean.get_linewidth() > light.get_linewidth() and light.get_alpha() < 0.5
     assert panels["test loss"].lines[0].get_xydata().tolist() == [[1, 1], [2, 0.5]]
     assert panels["test accuracy (%)"].lines[0].get_xydata().tolist() == [[1, 91], [2, 92]]
@@ -73,7 +71,8 @@ def test_runs_are_told_apart(tmp_path):
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["lr 0.1", "lr 0.2", "lr 0.3"]
     colours = [line.get_color() for line in legend.legend_handles]
-    assert len(set(colours)) == 3
+    markers = {line.get_marker() for line in legend.legend_handles}
+    assert len(set(colours)) == len(markers) == 3
     for axes in panels.values():
         assert list(dict.fromkeys(line.get_color() for line in axes.lines)) == colours
 
@@ -94,14 +93,6 @@ def test_places_of_a_run_with_other_batch_sizes(tmp_path, batches, tested, unit,
     assert figure.axes[-1].get_xlabel() == unit
 
 
-def test_a_run_of_one_step_is_visible(tmp_path):
-    figure, panels = drawn(make_run(tmp_path / "run", (1,), tested=False))
-    panels["training loss"].lines[1].set_gid("mean")
-    picture = io.StringIO()
-    figure.savefig(picture, format="svg")
-    assert "<use " in re.search('<g id="mean">.*?</g>', picture.getvalue(), re.DOTALL)[0]
-
-
 @pytest.mark.parametrize(
     "file, text, panels",
     [
@@ -112,13 +103,11 @@ def test_a_run_of_one_step_is_visible(tmp_path):
     ],
 )
 def test_runs_in_any_state(go, tmp_path, file, text, panels):
-    (make_run(tmp_path / "run-1") / file).write_text(text)
-    make_run(tmp_path / "run-2", (20, 20))
-    for runs in (["run-1"], ["run-1", "run-2"]):
-        finished = go("plot.py", *runs, "--output", "curves.svg", cwd=tmp_path)
-        assert (finished.returncode, finished.stderr) == (0, "")
-        assert (tmp_path / "curves.svg").stat().st_size > 1000
-    assert len(drawn(tmp_path / "run-1")[1]) == panels
+    run = make_run(tmp_path / "run-1")
+    (run / file).write_text(text)
+    finished = go("plot.py", run, make_run(tmp_path / "run-2"), cwd=tmp_path)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert len(drawn(run)[1]) == panels
 
 
 @pytest.mark.parametrize(
@@ -149,17 +138,11 @@ def test_what_cannot_be_drawn_is_one_line(go, tmp_path):
     assert "train.csv is not a table" in error_line(go("plot.py", run))
 
 
-def test_it_loads_neither_pytorch_nor_main():
-    code = "import plot, sys; sys.exit(bool({'torch', 'main'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=HOME, check=False).returncode == 0
-
-
 @pytest.mark.parametrize("program", ["plot.py", "gradients.py", "predict.py"])
 def test_a_notebooks_backend_and_a_closed_pipe(program):
-    reader, writer = os.pipe()
-    os.close(reader)
-    options = {"env": os.environ | {"MPLBACKEND": "not-installed"}, "stderr": subprocess.PIPE}
     command = [sys.executable, HOME / program, "--help"]
-    finished = subprocess.run(command, check=False, stdout=writer, **options)
-    os.close(writer)
-    assert (finished.returncode, finished.stderr) == (-signal.SIGPIPE, b"")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environment = os.environ | {"MPLBACKEND": "not-installed"}
+    with subprocess.Popen(command, **pipes, env=environment) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", -signal.SIGPIPE)

