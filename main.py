@@ -30,7 +30,7 @@ import signal
 import socket
 import sys
 import time
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -528,11 +528,11 @@ class Record:
     handles the files.
     """
 
-    def __init__(self, resume, log_dir):
+    def __init__(self, resume, log_dir, locks):
         """Reads the run to resume. If there is none, `begin` makes a new folder."""
         self.log_dir = log_dir
+        self.locks = locks  # an ExitStack: the folder stays locked until `main` closes it
         self.folder = None
-        self.lock = None
         self.rows = {"train.csv": [], "test.csv": []}  # not yet written; add a new table here
         self.given = {}  # the states' classes and settings, as the program and its flags gave them
         self.flags, self.checkpoint = in_first_process(self.read, resume)
@@ -546,19 +546,21 @@ class Record:
             if resume is not None:
                 print(f"main.py: no run to resume in {self.log_dir}: starting one", file=sys.stderr)
             return {}, {"epoch": 0, "step": 0, "tables": {}}
-        path = Path(folder, "settings.json")
+        self.folder = Path(folder)
+        path = self.folder / "settings.json"
         try:
             flags = dict(json.loads(path.read_text()))
-            path = path.with_name(".lock")
-            self.lock_folder(path.parent)
+            path = self.folder / ".lock"
+            self.locks.enter_context(filelock.FileLock(path, timeout=0))
             path = self.folder / "checkpoint.pt"
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             for name, (length, digest) in checkpoint["tables"].items():
                 path = self.folder / name
                 if hashlib.sha256(path.read_bytes()[:length]).hexdigest() != digest:
                     raise ValueError("its rows are not the ones the run wrote")
+        except filelock.Timeout:
+            sys.exit(f"main.py: error: {path} is locked: the run is still going on")
         except Exception as error:  # Damaged files can raise almost any error.
-            self.close()
             advice = "restore it, or start a new run without --resume"
             sys.exit(f"main.py: error: {path} is missing or damaged: {advice} ({error!r})")
         line = f"main.py: resuming {self.folder} after epoch {checkpoint['epoch']}"
@@ -569,19 +571,6 @@ class Record:
             line = "main.py: sums may be rounded differently on this machine. Before, it was"
             print(line, checkpoint["machine"], file=sys.stderr)
         return flags, checkpoint
-
-    def lock_folder(self, folder):
-        """Locks the folder for this process until `close`."""
-        self.folder = folder
-        self.lock = filelock.FileLock(folder / ".lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except filelock.Timeout:
-            sys.exit(f"main.py: error: {folder / '.lock'} is locked: the run is still going on")
-
-    def close(self):
-        if self.lock is not None:
-            self.lock.release()
 
     @disk_errors_as_messages()
     def begin(self, flags, states):
@@ -595,7 +584,8 @@ class Record:
             with suppress(FileExistsError):  # Two runs that start at once get two folders.
                 folder.mkdir(parents=True)
                 (folder / "params").mkdir()
-                self.lock_folder(folder)
+                self.locks.enter_context(filelock.FileLock(folder / ".lock"))
+                self.folder = folder
         self.folder = in_first_process(lambda: self.folder)
         if "states" in self.checkpoint:
             self.restore(states)
@@ -823,7 +813,8 @@ def main(argv=None):
         # gloo sends what is on CPUs, nccl what is on GPUs.
         distributed.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     try:
-        with closing(Record(args.resume, args.log_dir)) as record:
+        with ExitStack() as locks:
+            record = Record(args.resume, args.log_dir, locks)
             run(parse_arguments(argv, record.flags), device, record)
         if WORLD_SIZE > 1:
             distributed.barrier()  # No process may exit while another is still sending.
