@@ -406,13 +406,13 @@ def is_guides_convbn(block):
         return False
     convolution, norm, _, _, dropout = layers
     settings = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
-    tensors = (convolution.weight, convolution.bias, norm.weight, norm.bias, norm.running_mean)
-    dtypes = {getattr(tensor, "dtype", "missing") for tensor in tensors}
+    parameters = [*convolution.parameters(), *norm.parameters()]
     additions = ["forward", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"]
     additions += ["_backward_pre_hooks"]
     return (
         settings == ((1, 1), (0, 0), (1, 1), 1)
-        and dtypes in ({torch.float32}, {torch.float64})
+        and len(parameters) == 4  # a weight and a bias each
+        and {parameter.dtype for parameter in parameters} in ({torch.float32}, {torch.float64})
         and norm.track_running_stats
         and norm.momentum is not None
         and norm.training == block.training
