@@ -399,19 +399,17 @@ def make_faster(model):
 
 
 def is_guides_convbn(block):
-    """Returns whether a block has exactly the layers and settings of the guide's convbn."""
+    """Returns whether a block has the guide's layers, with settings that FasterConvBN knows."""
     layers = list(block)
     types = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
     if [type(layer) for layer in layers[:-1]] != types or not isinstance(layers[-1], nn.Dropout):
         return False
     convolution, norm, _, _, dropout = layers
-    settings = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
     parameters = [*convolution.parameters(), *norm.parameters()]
     additions = ["forward", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"]
     additions += ["_backward_pre_hooks"]
     return (
-        settings == ((1, 1), (0, 0), (1, 1), 1)
-        and len(parameters) == 4  # a weight and a bias each
+        len(parameters) == 4  # a weight and a bias each
         and {parameter.dtype for parameter in parameters} in ({torch.float32}, {torch.float64})
         and norm.track_running_stats
         and norm.momentum is not None
@@ -438,7 +436,7 @@ class FasterConvBN(nn.Sequential):
         convolution, norm, relu, pool, dropout = self
         # Convolution is faster if the channels of a pixel are adjacent in memory.
         weight = convolution.weight.to(memory_format=torch.channels_last)
-        x = nn.functional.conv2d(x, weight)
+        x = convolution._conv_forward(x, weight, bias=None)
         mean, variance = norm.running_mean - convolution.bias, norm.running_var
         if self.training:
             mean, variance = ChannelMoments.apply(x)
