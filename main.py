@@ -413,7 +413,6 @@ def is_guides_convbn(block):
         and {parameter.dtype for parameter in parameters} in ({torch.float32}, {torch.float64})
         and norm.track_running_stats
         and norm.momentum is not None
-        and norm.training == block.training
         and not dropout.inplace
         and not any(vars(layer).get(addition) for layer in layers for addition in additions)
     )
@@ -438,7 +437,7 @@ class FasterConvBN(nn.Sequential):
         weight = convolution.weight.to(memory_format=torch.channels_last)
         x = convolution._conv_forward(x, weight, bias=None)
         mean, variance = norm.running_mean - convolution.bias, norm.running_var
-        if self.training:
+        if norm.training:
             mean, variance = ChannelMoments.apply(x)
             count = x.numel() / len(mean)
             with torch.no_grad():

@@ -68,6 +68,7 @@ FAST = {
     "none": lambda block: None,
     "momentum": assign(1, momentum=0.3),
     "eps": assign(1, eps=0.1),
+    "norm in another mode": assign(1, train=lambda mode: None),
     "frozen convolution": lambda block: block[0].requires_grad_(False),
     "padding": replace(0, nn.Conv2d(2, 6, 3, padding="same", padding_mode="reflect")),
     "stride": assign(0, stride=(2, 2)),
@@ -83,7 +84,6 @@ SLOW = {
     "no bias of the norm": lambda block: block[1].register_parameter("bias", None),
     "statistics not updated": assign(1, track_running_stats=False),
     "momentum None": assign(1, momentum=None),
-    "norm in another mode": assign(1, train=lambda mode: None),
     "negative scale": lambda block: block[1].weight.data[:2].fill_(-1),
     # All values of a channel are equal, and the first of them gets the gradient.
     "scale 0": lambda block: block[1].weight.data[:2].zero_(),
