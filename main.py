@@ -527,21 +527,20 @@ class Record:
 
     def __init__(self, resume, log_dir, locks):
         """Reads the run to resume. If there is none, `begin` makes a new folder."""
-        self.log_dir = log_dir
         self.locks = locks  # an ExitStack: the folder stays locked until `main` closes it
         self.folder = None
         self.rows = {"train.csv": [], "test.csv": []}  # not yet written; add a new table here
         self.given = {}  # the states' classes and settings, as the program and its flags gave them
-        self.flags, self.checkpoint = in_first_process(self.read, resume)
+        self.flags, self.checkpoint = in_first_process(self.read, resume, log_dir)
         self.epochs_done = self.checkpoint["epoch"]
         self.steps = self.checkpoint["step"]
 
-    def read(self, resume):
+    def read(self, resume, log_dir):
         """Returns the flags and the checkpoint of the run to resume, if there is one."""
-        folder = newest_run(self.log_dir) if resume == "newest" else resume
+        folder = newest_run(log_dir) if resume == "newest" else resume
         if folder is None:
             if resume is not None:
-                print(f"main.py: no run to resume in {self.log_dir}: starting one", file=sys.stderr)
+                print(f"main.py: no run to resume in {log_dir}: starting one", file=sys.stderr)
             return {}, {"epoch": 0, "step": 0, "tables": {}}
         self.folder = Path(folder)
         path = self.folder / "settings.json"
@@ -561,7 +560,7 @@ class Record:
             advice = "restore it, or start a new run without --resume"
             sys.exit(f"main.py: error: {path} is missing or damaged: {advice} ({error!r})")
         line = f"main.py: resuming {self.folder} after epoch {checkpoint['epoch']}"
-        if resume == "newest" and self.folder.name != f"run-{run_numbers(self.log_dir)[-1]}":
+        if resume == "newest" and self.folder.name != f"run-{run_numbers(log_dir)[-1]}":
             line += ": later runs were stopped before their first checkpoint"
         print(line, file=sys.stderr)
         if checkpoint["machine"] != describe_machine():
@@ -576,8 +575,8 @@ class Record:
             groups = [{**group, "params": None} for group in getattr(state, "param_groups", [])]
             self.given[name] = copy.deepcopy({"class": type(state).__name__, "groups": groups})
         while RANK == 0 and self.folder is None:
-            number = 1 + max(run_numbers(self.log_dir), default=0)
-            folder = Path(self.log_dir, f"run-{number}")
+            number = 1 + max(run_numbers(flags["log_dir"]), default=0)
+            folder = Path(flags["log_dir"], f"run-{number}")
             with suppress(FileExistsError):  # Two runs that start at once get two folders.
                 folder.mkdir(parents=True)
                 (folder / "params").mkdir()
