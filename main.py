@@ -746,10 +746,9 @@ def in_first_process(function, *arguments):
 
 def average(tensor):
     """Returns the mean of a tensor over all processes."""
-    if WORLD_SIZE == 1:
-        return tensor
-    tensor = tensor.contiguous() / WORLD_SIZE
-    distributed.all_reduce(tensor)  # the sum
+    if WORLD_SIZE > 1:
+        tensor = tensor.contiguous() / WORLD_SIZE
+        distributed.all_reduce(tensor)  # the sum
     return tensor
 
 
