@@ -818,8 +818,7 @@ def main(argv=None):
         tqdm.write(line, file=sys.stderr)  # not on the progress bar's line
         sys.exit(130)
     except BrokenPipeError:  # The reader of the output, such as `head`, has exited.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        os._exit(1)  # An ordinary exit would try once more to write what is left.
 
 
 if __name__ == "__main__":
