@@ -384,7 +384,7 @@ def run(args, device, record):
 
 # 2. The same, but faster -------------------------------------------------------------------------
 #
-# At every call, each of these layers checks that its settings are still the guide's, and otherwise
+# At every call, each of these layers checks whether it supports the model as it is, and otherwise
 # does what PyTorch does, so you can change the model freely. The gains were measured on two cores
 # of an AMD EPYC.
 
