@@ -30,7 +30,7 @@ import signal
 import socket
 import sys
 import time
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -384,7 +384,7 @@ def run(args, device, record):
 
 # 2. The same, but faster -------------------------------------------------------------------------
 #
-# At every call, each of these layers checks that its settings are still the guide's, and otherwise
+# At every call, each of these layers checks whether it supports the model as it is, and otherwise
 # does what PyTorch does, so you can change the model freely. The gains were measured on two cores
 # of an AMD EPYC.
 
@@ -399,23 +399,20 @@ def make_faster(model):
 
 
 def is_guides_convbn(block):
-    """Returns whether a block has exactly the layers and settings of the guide's convbn."""
+    """Returns whether a block has the guide's layers, with settings that FasterConvBN knows."""
     layers = list(block)
     types = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
     if [type(layer) for layer in layers[:-1]] != types or not isinstance(layers[-1], nn.Dropout):
         return False
     convolution, norm, _, _, dropout = layers
-    settings = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
-    tensors = (convolution.weight, convolution.bias, norm.weight, norm.bias, norm.running_mean)
-    dtypes = {getattr(tensor, "dtype", "missing") for tensor in tensors}
+    parameters = [*convolution.parameters(), *norm.parameters()]
     additions = ["forward", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"]
     additions += ["_backward_pre_hooks"]
     return (
-        settings == ((1, 1), (0, 0), (1, 1), 1)
-        and dtypes in ({torch.float32}, {torch.float64})
+        len(parameters) == 4  # a weight and a bias each
+        and {parameter.dtype for parameter in parameters} in ({torch.float32}, {torch.float64})
         and norm.track_running_stats
         and norm.momentum is not None
-        and norm.training == block.training
         and not dropout.inplace
         and not any(vars(layer).get(addition) for layer in layers for addition in additions)
     )
@@ -438,9 +435,9 @@ class FasterConvBN(nn.Sequential):
         convolution, norm, relu, pool, dropout = self
         # Convolution is faster if the channels of a pixel are adjacent in memory.
         weight = convolution.weight.to(memory_format=torch.channels_last)
-        x = nn.functional.conv2d(x, weight)
+        x = convolution._conv_forward(x, weight, bias=None)
         mean, variance = norm.running_mean - convolution.bias, norm.running_var
-        if self.training:
+        if norm.training:
             mean, variance = ChannelMoments.apply(x)
             count = x.numel() / len(mean)
             with torch.no_grad():
@@ -528,60 +525,48 @@ class Record:
     handles the files.
     """
 
-    def __init__(self, resume, log_dir):
+    def __init__(self, resume, log_dir, locks):
         """Reads the run to resume. If there is none, `begin` makes a new folder."""
-        self.log_dir = log_dir
+        self.locks = locks  # an ExitStack: the folder stays locked until `main` closes it
         self.folder = None
-        self.lock = None
         self.rows = {"train.csv": [], "test.csv": []}  # not yet written; add a new table here
         self.given = {}  # the states' classes and settings, as the program and its flags gave them
-        self.flags, self.checkpoint = in_first_process(self.read, resume)
+        self.flags, self.checkpoint = in_first_process(self.read, resume, log_dir)
         self.epochs_done = self.checkpoint["epoch"]
         self.steps = self.checkpoint["step"]
 
-    def read(self, resume):
+    def read(self, resume, log_dir):
         """Returns the flags and the checkpoint of the run to resume, if there is one."""
-        folder = newest_run(self.log_dir) if resume == "newest" else resume
+        folder = newest_run(log_dir) if resume == "newest" else resume
         if folder is None:
             if resume is not None:
-                print(f"main.py: no run to resume in {self.log_dir}: starting one", file=sys.stderr)
+                print(f"main.py: no run to resume in {log_dir}: starting one", file=sys.stderr)
             return {}, {"epoch": 0, "step": 0, "tables": {}}
-        path = Path(folder, "settings.json")
+        self.folder = Path(folder)
+        path = self.folder / "settings.json"
         try:
             flags = dict(json.loads(path.read_text()))
-            path = path.with_name(".lock")
-            self.lock_folder(path.parent)
+            path = self.folder / ".lock"
+            self.locks.enter_context(filelock.FileLock(path, timeout=0))
             path = self.folder / "checkpoint.pt"
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             for name, (length, digest) in checkpoint["tables"].items():
                 path = self.folder / name
                 if hashlib.sha256(path.read_bytes()[:length]).hexdigest() != digest:
                     raise ValueError("its rows are not the ones the run wrote")
+        except filelock.Timeout:
+            sys.exit(f"main.py: error: {path} is locked: the run is still going on")
         except Exception as error:  # Damaged files can raise almost any error.
-            self.close()
             advice = "restore it, or start a new run without --resume"
             sys.exit(f"main.py: error: {path} is missing or damaged: {advice} ({error!r})")
         line = f"main.py: resuming {self.folder} after epoch {checkpoint['epoch']}"
-        if resume == "newest" and self.folder.name != f"run-{run_numbers(self.log_dir)[-1]}":
+        if resume == "newest" and self.folder.name != f"run-{run_numbers(log_dir)[-1]}":
             line += ": later runs were stopped before their first checkpoint"
         print(line, file=sys.stderr)
         if checkpoint["machine"] != describe_machine():
             line = "main.py: sums may be rounded differently on this machine. Before, it was"
             print(line, checkpoint["machine"], file=sys.stderr)
         return flags, checkpoint
-
-    def lock_folder(self, folder):
-        """Locks the folder for this process until `close`."""
-        self.folder = folder
-        self.lock = filelock.FileLock(folder / ".lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except filelock.Timeout:
-            sys.exit(f"main.py: error: {folder / '.lock'} is locked: the run is still going on")
-
-    def close(self):
-        if self.lock is not None:
-            self.lock.release()
 
     @disk_errors_as_messages()
     def begin(self, flags, states):
@@ -590,12 +575,13 @@ class Record:
             groups = [{**group, "params": None} for group in getattr(state, "param_groups", [])]
             self.given[name] = copy.deepcopy({"class": type(state).__name__, "groups": groups})
         while RANK == 0 and self.folder is None:
-            number = 1 + max(run_numbers(self.log_dir), default=0)
-            folder = Path(self.log_dir, f"run-{number}")
+            number = 1 + max(run_numbers(flags["log_dir"]), default=0)
+            folder = Path(flags["log_dir"], f"run-{number}")
             with suppress(FileExistsError):  # Two runs that start at once get two folders.
                 folder.mkdir(parents=True)
                 (folder / "params").mkdir()
-                self.lock_folder(folder)
+                self.locks.enter_context(filelock.FileLock(folder / ".lock"))
+                self.folder = folder
         self.folder = in_first_process(lambda: self.folder)
         if "states" in self.checkpoint:
             self.restore(states)
@@ -760,10 +746,9 @@ def in_first_process(function, *arguments):
 
 def average(tensor):
     """Returns the mean of a tensor over all processes."""
-    if WORLD_SIZE == 1:
-        return tensor
-    tensor = tensor.contiguous() / WORLD_SIZE
-    distributed.all_reduce(tensor)  # the sum
+    if WORLD_SIZE > 1:
+        tensor = tensor.contiguous() / WORLD_SIZE
+        distributed.all_reduce(tensor)  # the sum
     return tensor
 
 
@@ -823,7 +808,8 @@ def main(argv=None):
         # gloo sends what is on CPUs, nccl what is on GPUs.
         distributed.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     try:
-        with closing(Record(args.resume, args.log_dir)) as record:
+        with ExitStack() as locks:
+            record = Record(args.resume, args.log_dir, locks)
             run(parse_arguments(argv, record.flags), device, record)
         if WORLD_SIZE > 1:
             distributed.barrier()  # No process may exit while another is still sending.
@@ -832,8 +818,7 @@ def main(argv=None):
         tqdm.write(line, file=sys.stderr)  # not on the progress bar's line
         sys.exit(130)
     except BrokenPipeError:  # The reader of the output, such as `head`, has exited.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        os._exit(1)  # An ordinary exit would try once more to write what is left.
 
 
 if __name__ == "__main__":

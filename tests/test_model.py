@@ -54,22 +54,22 @@ def hook(place, kind):
 FAST = {
     "none": lambda block: None,
     "other settings of the norm": assign(1, momentum=0.3, eps=0.1),
+    "norm in another mode": assign(1, train=lambda mode: None),
     "frozen convolution": lambda block: block[0].requires_grad_(False),
+    "padding": replace(0, nn.Conv2d(2, 6, 3, padding="same", padding_mode="reflect")),
+    "stride": assign(0, stride=(2, 2)),
+    "dilation": assign(0, dilation=(2, 2)),
+    "groups": replace(0, nn.Conv2d(2, 6, 3, groups=2)),
     "another max pool": replace(3, nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)),
     "rare dropout": assign(4, p=1e-6),
     "nothing is kept": assign(4, p=1.0),
 }
 # One for each condition: after these, it has to do what PyTorch does.
 SLOW = {
-    "padding": assign(0, padding=(1, 1)),
-    "stride": assign(0, stride=(2, 2)),
-    "dilation": assign(0, dilation=(2, 2)),
-    "groups": replace(0, nn.Conv2d(2, 6, 3, groups=2)),
     "no bias": replace(0, nn.Conv2d(2, 6, 3, bias=False)),
     "no bias of the norm": lambda block: block[1].register_parameter("bias", None),
     "statistics not updated": assign(1, track_running_stats=False),
     "momentum None": assign(1, momentum=None),
-    "norm in another mode": assign(1, train=lambda mode: None),
     "negative scale": lambda block: block[1].weight.data[:2].fill_(-1),
     # All values of a channel are equal, and the first of them gets the gradient.
     "scale 0": lambda block: block[1].weight.data[:2].zero_(),

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -165,7 +166,7 @@ def test_devices_are_not_mixed(tmp_path, monkeypatch):
             model, loss_function = main.LeNet(), nn.CrossEntropyLoss()
         main.make_faster(model)
         optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        record = main.Record(None, tmp_path)
+        record = main.Record(None, tmp_path, ExitStack())
         loader = main.Loader(*digits, 300, "cuda", seed=1)
         main.train(1, model, loss_function, optimizer, loader, record)
         assert [row["loss"].device.type for row in record.rows["train.csv"]] == ["cuda"] * 2
@@ -180,7 +181,7 @@ def test_an_epoch_on_a_gpu_and_its_resumption(train, gpu, tmp_path):
 
 
 def test_a_row_is_what_a_step_has_found(tmp_path):
-    record = main.Record(None, tmp_path)
+    record = main.Record(None, tmp_path, ExitStack())
     record.folder = tmp_path
     weights = nn.Parameter(torch.ones(3))
     record.add("train.csv", step=7, epoch=2, weight=weights[0], loss=math.inf)
