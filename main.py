@@ -18,6 +18,7 @@ import argparse
 import copy
 import csv
 import ctypes
+import gc
 import hashlib
 import io
 import json
@@ -828,6 +829,7 @@ if __name__ == "__main__":
         sys.stdout.reconfigure(line_buffering=True)  # so that each line reaches a log at once
     if WORLD_SIZE == 1:  # Several would not notice it while waiting for one another.
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` acts like Ctrl-C.
+    gc.freeze()  # Otherwise Python takes a second at exit to search PyTorch for garbage.
     main()
     if WORLD_SIZE > 1:
         distributed.destroy_process_group()

@@ -171,9 +171,9 @@ def in_a_process(*details):
 
 def compare_speed(args):
     """Prints the table of all programs, perhaps beside others that keep the CPU busy."""
-    programs, epochs = [GUIDE, RIVAL, CHANNELS_LAST, MAIN, *WITHOUT], 2
+    programs, epochs, length = [GUIDE, RIVAL, CHANNELS_LAST, MAIN, *WITHOUT], 2, "2 epochs"
     if args.busy:
-        programs, epochs = [RIVAL, MAIN], 1
+        programs, epochs, length = [RIVAL, MAIN], 1, "1 epoch"
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.busy)]
     rounds = []
     try:
@@ -186,7 +186,7 @@ def compare_speed(args):
             process.kill()
     rivals = [name for name in (GUIDE, RIVAL) if name in programs]
     ratios = [f"of {name}" for name in rivals]
-    print_row("program", "ms a step", *ratios, "test, s", f"process of {epochs} epochs, s")
+    print_row("program", "ms a step", *ratios, "test, s", f"process of {length}, s")
     print_row(*["---"] * (4 + len(rivals)))
     for name in programs:
         step, test, process = (
