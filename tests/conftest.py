@@ -42,8 +42,6 @@ OFFLINE |= {"no_proxy": "", "NO_PROXY": ""}
 
 mnist_data = functools.cache(data.mnist_data)  # Reading its 5,000 digits takes seconds.
 
-FLAGS = ("--batch-size", 50, "--epochs", 3)  # of a short run on the small data
-
 
 def be_python(program, arguments, stdout, stderr, environ, cwd, prepare):
     """Does in this process what `python PROGRAM ARGUMENTS` does, without network."""
@@ -117,7 +115,7 @@ def output_of(finished):
 @pytest.fixture(scope="session")
 def flags(small_mnist):
     """The flags of a short run on the small data; the log dir has to follow them."""
-    return ("--data-dir", small_mnist, *FLAGS, "--log-dir")
+    return ("--data-dir", small_mnist, "--batch-size", 50, "--epochs", 3, "--log-dir")
 
 
 @pytest.fixture(scope="session")
@@ -189,6 +187,14 @@ def edit(folder, *changes):
         text = text.replace(old, new)
     (folder / "main.py").write_text(text)
     return folder / "main.py"
+
+
+def write_scripts(folder, scripts):
+    """Writes programs of bash, given by their names, into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+        (folder / name).chmod(0o755)
 
 
 def write_idx(folder, part, images, labels):

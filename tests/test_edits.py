@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import FLAGS, HOME, act_before, checksum, edit, read_by_hand, read_params, rows
+from conftest import HOME, act_before, checksum, edit, read_by_hand, read_params, rows
 
 README = (HOME / "README.md").read_text()
 
@@ -163,7 +163,7 @@ def column(log_dir, table, name):
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edited_run_and_its_resumption(name, go, train, unchanged, small_mnist, tmp_path):
+def test_an_edited_run_and_its_resumption(name, go, train, unchanged, flags, tmp_path):
     changes, rates = EDITS[name]
     program = edit(tmp_path, *changes)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -171,8 +171,7 @@ def test_an_edited_run_and_its_resumption(name, go, train, unchanged, small_mnis
     assert expected != unchanged
     assert column(whole, "train.csv", "lr") == pytest.approx(rates)
     kill = partial(act_before, killed, "epoch-02.tmp", 1, signal.raise_signal, signal.SIGKILL)
-    flags = ("--data-dir", small_mnist, "--log-dir", killed, *FLAGS)
-    assert go(program, *flags, prepare=kill).returncode == -signal.SIGKILL
+    assert go(program, *flags, killed, prepare=kill).returncode == -signal.SIGKILL
     resumed = train(killed, "--resume", program=program)
     assert "[Epoch  1]" not in resumed and checksum(resumed) == expected
 
@@ -277,12 +276,12 @@ def test_an_epoch_that_is_not_saved(train, unchanged, tmp_path):
     assert checksum(train(tmp_path, "--resume")) == unchanged
 
 
-def test_a_state_that_cannot_be_read_again(go, train, unchanged, small_mnist, tmp_path):
+def test_a_state_that_cannot_be_read_again(go, train, unchanged, flags, tmp_path):
     """The run fails when it is saved, and can be resumed from the checkpoint before it."""
     state = '"factor": self.factor'
     array = "np.ones(3) if self.epochs_done == 2 else 0"
     program = edit(tmp_path, (state + "}", f'{state}, "array": {array}}}'))
-    finished = go(program, "--data-dir", small_mnist, "--log-dir", tmp_path, *FLAGS)
+    finished = go(program, *flags, tmp_path)
     assert finished.returncode == 1 and "UnpicklingError: Weights only" in finished.stderr
     resumed = train(tmp_path, "--resume")
     assert "[Epoch  1]" not in resumed and checksum(resumed) == unchanged
@@ -297,9 +296,9 @@ def test_a_state_that_cannot_be_read_again(go, train, unchanged, small_mnist, tm
         (CENTERED, "ValueError: optimizer has parameters of a module that is not in `states`"),
     ],
 )
-def test_a_mistake_keeps_its_traceback(changes, message, go, small_mnist, tmp_path):
+def test_a_mistake_keeps_its_traceback(changes, message, go, flags, tmp_path):
     program = edit(tmp_path, *changes)
-    finished = go(program, "--data-dir", small_mnist, "--log-dir", tmp_path)
+    finished = go(program, *flags, tmp_path)
     assert finished.returncode == 1 and "main.py: error" not in finished.stderr
     assert f'File "{program}", line' in finished.stderr
     assert re.match(message, finished.stderr.splitlines()[-1])

@@ -81,7 +81,6 @@ def test_each_process_has_its_own_images_and_dropout(train_with, tmp_path):
     assert len({image.tobytes() for file in files for image in file["data"]}) == 600
 
 
-SCHEDULE = "Schedule(optimizer, args.schedule, args.epochs)"
 SAVE = "        record.save(epoch, states)\n"
 DATA = '    name = "mnist" if name == "auto" else name\n'
 LABELS = "    train.targets = train.targets[torch.randperm(600)]\n"
@@ -135,7 +134,7 @@ def test_one_process_resumes_what_two_began(go_with, go, tmp_path):
     [
         ("500, 10)", "500, 11)"),
         ('"schedule": schedule}', '"schedule": schedule, "more": loss_function}'),
-        (SCHEDULE, "optim.lr_scheduler.LinearLR(optimizer)"),
+        ("= Schedule(", "= optim.lr_scheduler.LinearLR(optimizer); Schedule("),
     ],
 )
 def test_a_checkpoint_of_another_program(old, new, go_with, train, tmp_path):

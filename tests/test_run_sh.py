@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import HOME, wait_for
+from conftest import HOME, wait_for, write_scripts
 
 # Prints the GPUs, the arguments, one a line, and what there is on standard input; then it fails.
 STAND_IN = 'printf "%s\\n" "GPUs $CUDA_VISIBLE_DEVICES" "$@"; cat; echo failed >&2; exit 3'
@@ -19,16 +19,10 @@ STAND_IN = 'printf "%s\\n" "GPUs $CUDA_VISIBLE_DEVICES" "$@"; cat; echo failed >
 def project(tmp_path):
     """A folder with run.sh, main.py, and a virtual environment with a stand-in for Python."""
     folder = tmp_path / "the project"
-    (folder / ".venv" / "bin").mkdir(parents=True)
-    make_python(folder / ".venv" / "bin", STAND_IN)
+    write_scripts(folder / ".venv" / "bin", {"python3": STAND_IN})
     for name in ("run.sh", "main.py"):
         shutil.copy(HOME / name, folder)
     return folder
-
-
-def make_python(folder, script):
-    (folder / "python3").write_text(f"#!/bin/sh\n{script}\n")
-    (folder / "python3").chmod(0o755)
 
 
 @pytest.fixture
@@ -88,7 +82,7 @@ def test_what_python_is_given(project, start, tmp_path, command, settings, gpus,
 
 @pytest.mark.parametrize("gpus", ["-1", "-1,-1"])  # no such GPUs: on the CPU
 def test_hangup_and_kill(project, start, small_mnist, tmp_path, gpus):
-    make_python(project / ".venv" / "bin", f'exec "{sys.executable}" "$@"')
+    write_scripts(project / ".venv" / "bin", {"python3": f'exec "{sys.executable}" "$@"'})
     settings = {"GPUID": gpus, "DATADIR": small_mnist, "LOGDIR": tmp_path / "my logs"}
     log = settings["LOGDIR"] / "log.out"
     process = start("--epochs", "5000", **settings)
@@ -126,7 +120,7 @@ def test_flags_of_a_run_that_is_there(project, start, resume, there, settings):
 
 def test_python_on_the_path_without_a_virtual_environment(project, start, tmp_path):
     shutil.rmtree(project / ".venv")
-    make_python(tmp_path, STAND_IN)
+    write_scripts(tmp_path, {"python3": STAND_IN})
     finish(start(PATH=f"{tmp_path}:{os.environ['PATH']}"))
     assert "main.py\n" in (project / "logs" / "log.out").read_text()
 

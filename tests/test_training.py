@@ -147,10 +147,10 @@ def test_without_the_c_library_of_linux(monkeypatch):
 
 
 @pytest.mark.parametrize("batch_size, step", [(50, 2), (600, 1)])
-def test_a_loss_that_is_not_finite(go, small_mnist, tmp_path, batch_size, step):
+def test_a_loss_that_is_not_finite(go, flags, tmp_path, batch_size, step):
     """In training, or only in the test after the last step of an epoch."""
-    flags = ("--lr", 1e38, "--momentum", 0, "--epochs", 2, "--batch-size", batch_size)
-    line = error_line(go("main.py", *flags, "--data-dir", small_mnist, "--log-dir", tmp_path))
+    more = ("--lr", 1e38, "--momentum", 0, "--batch-size", batch_size)
+    line = error_line(go("main.py", *flags, tmp_path, *more))
     assert re.search(rf"loss (nan|inf) in step {step}, epoch 1: lower --lr", line), line
 
 
