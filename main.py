@@ -1,4 +1,4 @@
-"""Train LeNet on MNIST: on a CPU 2.3 times as fast as the guide, 1.4 times as its loop on tensors.
+"""Train LeNet on MNIST: on a CPU 2.3 times as fast as the guide (1.4 if its data is in memory).
 
     python main.py                        # ten epochs: 99.3 % of the test digits read correctly
     python main.py --epochs 3 --lr 0.05   # all flags: python main.py --help
@@ -7,8 +7,8 @@
 
 The guide is https://github.com/cfinlay/PyTorch-HelloWorld. Part 1 is its whole program, in its
 order and with its names; comments say where ours differs. "Slip 5" is number 5 of the guide's
-mistakes in docs/slips.md. The other parts can wait: faster layers with the same results (2), the
-files of a run (3), several processes and `main` (4).
+mistakes in docs/slips.md. The other parts can wait: faster layers for CPUs (2), the files of a run
+(3), several processes and `main` (4).
 
 Numbers in brackets are the guide's citations: [1] LeCun, The MNIST database; [2] LeCun et al. 1998,
 LeNet; [3] Srivastava et al. 2014, dropout; [4] Ioffe and Szegedy 2015, batch normalization.
@@ -52,7 +52,7 @@ from tqdm import tqdm
 INTERVAL = 100  # batches between printed training losses, as in the guide
 # The names that --dataset accepts, and their classes in torchvision.datasets.
 DATASETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
-# The number of processes, and of this one. torchrun sets them (part 4); without it, 1 and 0.
+# How many processes there are, and which one this is. torchrun sets both (part 4); else 1 and 0.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0
 
@@ -61,7 +61,7 @@ RANK = int(os.environ["RANK"]) if WORLD_SIZE > 1 else 0
 #
 # In the guide, the flags, loaders, model and optimizer are global variables. Here they are
 # arguments, so that gradients.py and predict.py can use these functions. `run`, which creates them,
-# comes last. On a first reading, skip from `load_dataset` to `Loader`.
+# comes last. On a first reading, skip `load_dataset`, `download` and `load_mnist_5k`.
 
 
 def parse_arguments(argv=None, recorded=None):
@@ -152,7 +152,7 @@ def load_mnist_5k():
 
     pixels, labels = map(torch.tensor, mnist_data())
     pixels = pixels.byte().view(-1, 28, 28)
-    # They are sorted, 500 of each digit. Every fifth image is for testing.
+    # They come sorted by digit. Shuffled, any large part has all ten. Every fifth is for testing.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train = order[order % 5 != 4]
     test = order[order % 5 == 4]
@@ -168,7 +168,7 @@ class Loader:
     """Yields the batches (data, target) of an epoch, as the guide's DataLoader does.
 
     data is float32 n x 1 x 28 x 28, normalised; target is int64 n. The guide's DataLoader prepares
-    images one by one, which takes a third of its time on a CPU. Here all pixels are on the device,
+    images one by one, which takes a third of each step on a CPU. Here all pixels are on the device,
     and a batch is some rows of them. With a `seed`, as for training, they are reshuffled in every
     epoch, and each process gets its share of every batch. `transform` is applied to each image
     separately (uint8 1 x 28 x 28), as torchvision's expect.
@@ -295,7 +295,7 @@ class Schedule:
 
 
 def train(epoch, model, loss_function, optimizer, train_loader, record):
-    """Trains for one epoch. Exits with a message if a loss is not finite."""
+    """Trains one epoch, with a bar on a terminal. Exits with a message if a loss is not finite."""
     bar = tqdm(train_loader, f"Epoch {epoch}", leave=False, disable=RANK > 0 or None)
     for batch_ix, (data, target) in enumerate(bar):
         # Dropout is on, and batch norm uses the statistics of the batch. (The guide says the
@@ -342,7 +342,7 @@ def run(args, device, record):
     (part 3) writes the files of the run, and holds the checkpoint of a resumed run.
     """
     started = time.monotonic()
-    seed_everything(args.seed)  # for what you may draw to change the data
+    seed_everything(args.seed)  # in case you draw random numbers to change the data
     # With several processes, the first one loads the data and tests for all of them.
     args.dataset, train_set, test_set = in_first_process(load_dataset, args.dataset, args.data_dir)
     flags = vars(args).copy()  # for settings.json; `cuda` is only printed
@@ -579,7 +579,7 @@ class Record:
             number = 1 + max(run_numbers(flags["log_dir"]), default=0)
             folder = Path(flags["log_dir"], f"run-{number}")
             with suppress(FileExistsError):  # Two runs that start at once get two folders.
-                folder.mkdir(parents=True)
+                os.makedirs(folder)
                 (folder / "params").mkdir()
                 self.locks.enter_context(filelock.FileLock(folder / ".lock"))
                 self.folder = folder
@@ -649,7 +649,7 @@ class Record:
             os.fsync(table.fileno())
         for row in rows:
             if not math.isfinite(float(row.get("loss", 0))):
-                place = f"step {row['step']}, epoch {row['epoch']}"
+                place = f"step {row.get('step')}, epoch {row.get('epoch')}"
                 sys.exit(f"main.py: error: loss {row['loss']} in {place}: lower --lr")
 
     @disk_errors_as_messages()
@@ -777,7 +777,7 @@ def select_device():
         glibc = ctypes.CDLL(None)
         glibc.mallopt(-1, 2**28)  # M_TRIM_THRESHOLD: 256 MB, more than a step frees at its end
         glibc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: 32 MB, the most that older releases accept
-    # Use only deterministic kernels, and no TF32, which rounds factors to ten bits.
+    # Only deterministic kernels of cuDNN, and no TF32, which rounds factors to three digits.
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False

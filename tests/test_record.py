@@ -159,10 +159,12 @@ def test_rows_are_written_with_each_printed_loss(go, flags, tmp_path):
     assert [int(row["step"]) for row in table] == [*range(1, 102)]
 
 
-def test_a_log_dir_that_is_a_file(go, flags, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    line = error_line(go("main.py", *flags, tmp_path / "file"))
-    assert line == f"main.py: error: {tmp_path}/file/run-1: Not a directory"
+def test_log_dirs_that_will_not_do(go, flags, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, reason in (("file", "Not a directory"), ("link", "No such file or directory")):
+        line = error_line(go("main.py", *flags, tmp_path / name))
+        assert line == f"main.py: error: {tmp_path / name}/run-1: {reason}"
 
 
 def test_given_flags_win_then_recorded_ones_then_defaults(go, copy, tmp_path):
