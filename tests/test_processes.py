@@ -83,14 +83,15 @@ def test_each_process_has_its_own_images_and_dropout(train_with, tmp_path):
 
 SAVE = "        record.save(epoch, states)\n"
 DATA = '    name = "mnist" if name == "auto" else name\n'
+SAME = "        assert test_loss == in_first_process(lambda: test_loss)\n"
 LABELS = "    train.targets = train.targets[torch.randperm(600)]\n"
 
 
 @pytest.mark.parametrize(
     "old, new, epochs",
     [
-        # All processes stop early.
-        (SAVE, f"{SAVE}        if accuracy > 1:\n            break\n", [1]),
+        # All processes have the same results, and stop early.
+        (SAVE, f"{SAVE}{SAME}        if accuracy > 1:\n            break\n", [1]),
         # The first one alone loads the data, and draws random numbers.
         (DATA, f"    assert RANK == 0\n{LABELS}{DATA}", [2]),
         # Two runs, as in a loop over the values of a flag.
