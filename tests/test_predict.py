@@ -52,7 +52,7 @@ def shade(mask):
 KINDS = {
     "dark on light.png": ImageOps.invert,
     "light on dark.jpg": lambda mask: ImageOps.colorize(mask, "#203020", "#e0e0d0"),
-    "same grey.png": lambda mask: ImageOps.colorize(mask, "#008040", "#d02020"),
+    "same grey, same red.png": lambda mask: ImageOps.colorize(mask, "#648014", "#6459dc"),
     "clear, black ink.png": lambda mask: clear(mask, 0),
     "clear, white ink.png": lambda mask: clear(mask, 255),
     "clear.gif": lambda mask: clear(mask, 0),
@@ -128,9 +128,11 @@ def test_mistakes_are_those_of_a_plain_network(run, small_mnist, drawn, monkeypa
         assert abs(int(shown) - percent) < 0.6  # rounded
 
 
-def test_no_mistakes_are_drawn_as_an_empty_row(tmp_path):
-    predict.draw([], [], tmp_path / "drawn.png")
-    assert Image.open(tmp_path / "drawn.png").height == 132
+def test_no_mistakes_are_an_empty_row_and_paper_is_white(tmp_path):
+    for images in ([], np.zeros((1, 28, 28))):
+        predict.draw(images, [""] * len(images), tmp_path / "drawn.png")
+        picture = Image.open(tmp_path / "drawn.png")
+        assert picture.height == 132 and picture.convert("L").getextrema() == (255, 255)
 
 
 def test_output(go, run, tmp_path):
