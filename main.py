@@ -301,12 +301,12 @@ def train(epoch, model, loss_function, optimizer, train_loader, record):
         # Dropout is on, and batch norm uses the statistics of the batch. (The guide says the
         # opposite: slip 5.) In the loop, it also undoes the model.eval() of a test in between.
         model.train()
-        lr = optimizer.param_groups[0]["lr"]
         optimizer.zero_grad()
         output = model(data)  # no `Variable` (slip 2), no data.cuda(): it is on the device already
         loss = loss_function(output, target)
         loss.backward()
         average_gradients(optimizer)  # over all processes, if there are several
+        lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
         loss = average(loss.detach())
         record.steps += 1
@@ -327,7 +327,7 @@ def test(epoch, model, loss_function, test_loader):
     for data, target in test_loader:
         output = model(data)
         loss = loss_function(output, target)
-        top1.add(output, target)
+        top1.add(output.float(), target)  # It uses numpy, which has no bfloat16.
         test_loss.add(loss.item() * len(data), len(data))  # a sum, not a mean (slip 7)
     mean_loss, accuracy = test_loss.value()[0], top1.value()[0]
     # The guide reads the epoch from a global variable (slip 4).
@@ -371,6 +371,7 @@ def run(args, device, record):
     for epoch in range(record.epochs_done + 1, args.epochs + 1):
         train_loader.epoch = epoch
         seed_everything(args.seed, epoch, RANK)  # for dropout, and whatever else is random
+        optimizer.zero_grad()  # What accumulated gradients leave over would be lost on resume.
         train(epoch, model, loss_function, optimizer, train_loader, record)
         test_loss, accuracy = in_first_process(test, epoch, model, loss_function, test_loader)
         result = {"lr": optimizer.param_groups[0]["lr"], "loss": test_loss, "accuracy": accuracy}
@@ -591,10 +592,12 @@ class Record:
                 write_whole(self.folder / name, json.dumps(values, indent=2, default=str).encode())
             program = self.folder / f"main-{self.epochs_done:02}.py"
             write_whole(program, Path(__file__).read_bytes())
+        if RANK == 0:
             for name in self.rows:
                 length, _ = self.checkpoint["tables"].get(name, (0, None))
                 with open(self.folder / name, "ab") as table:
-                    table.truncate(length)
+                    if table.tell() > length:
+                        table.truncate(length)
         if "states" not in self.checkpoint:
             self.save(0, states)
 

@@ -141,6 +141,14 @@ SAME_RATES = {
         after(ZERO, "        data.requires_grad_()\n"),
         before(BACKWARD, ADVERSARIAL),
     ],
+    "accumulated gradients": [
+        (ZERO, ""),
+        (STEP, "        if batch_ix % 5 == 4:\n    " + STEP + "    " + ZERO),
+    ],
+    "bfloat16": [
+        ("LeNet(args.dropout).to(device)", "LeNet(args.dropout).to(device, torch.bfloat16)"),
+        ("yield normalise(data)", "yield normalise(data).bfloat16()"),
+    ],
     "a closure": [
         ("optimizer.step()", "optimizer.step(lambda: loss_function(model(data), target))"),
     ],
@@ -265,6 +273,14 @@ def test_one_more_table_in_some_epochs(train, tmp_path):
     train(tmp_path, "--epochs", 3, "--resume")
     train(tmp_path, "--epochs", 4, "--resume", program=program)
     assert column(tmp_path, "epochs.csv", "epoch") == [2, 4]
+
+
+def test_a_row_after_the_last_epoch_is_written_once(train, tmp_path):
+    row = '    record.add("test.csv", epoch=4, step=0, lr=0, loss=1, accuracy=0)\n'
+    program = edit(tmp_path, before("    checksum = in_first", row))
+    outputs = [train(tmp_path, *more, program=program) for more in ((), ("--resume",))]
+    assert checksum(outputs[0]) == checksum(outputs[1])
+    assert column(tmp_path, "test.csv", "epoch") == [1, 2, 3, 4]
 
 
 def test_an_epoch_that_is_not_saved(train, unchanged, tmp_path):
