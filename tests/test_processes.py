@@ -135,7 +135,10 @@ def test_one_process_resumes_what_two_began(go_with, go, tmp_path):
     [
         ("500, 10)", "500, 11)"),
         ('"schedule": schedule}', '"schedule": schedule, "more": loss_function}'),
-        ("= Schedule(", "= optim.lr_scheduler.LinearLR(optimizer); Schedule("),
+        (
+            "Schedule(optimizer, args.schedule, args.epochs)",
+            "optim.lr_scheduler.LinearLR(optimizer)",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_program(old, new, go_with, train, tmp_path):
