@@ -15,20 +15,19 @@ one for each parameter of the model.
 """
 
 import argparse
-import io
 import itertools
 import json
 import os
 import pickle
-import signal
 import sys
 from pathlib import Path
 
-os.environ["MPLBACKEND"] = "agg"  # A notebook sets it to a backend that may not be installed here.
-import matplotlib.pyplot as plt
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in main.py, before PyTorch is imported
+
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from main import (
@@ -47,11 +46,7 @@ SAMPLE = 100  # mini-batches: enough for a percentile, and 53 MB of gradients
 def gradient(model, data, target):
     """Returns the gradient of the mean loss over a batch of images: P values."""
     model.zero_grad()
-    output = model(data)
-    if getattr(output, "shape", None) != (len(target), 10):
-        reason = "the model's output is not a row of ten logits for each image"
-        sys.exit(f"gradients.py: error: {reason}: change the loss in `gradient`")
-    loss = nn.functional.cross_entropy(output, target)
+    loss = nn.functional.cross_entropy(model(data), target)
     loss.backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
@@ -80,37 +75,30 @@ class ArrayUnpickler(pickle.Unpickler):
     in it.
     """
 
-    # What the pickle of an array calls. The first is _reconstruct, whose module varies with numpy's version.
+    # What the pickle of an array calls. The first is _reconstruct, whose module varies with numpy.
     FUNCTIONS = (np.array(0).__reduce__()[0], np.ndarray, np.dtype)
 
     def find_class(self, module, name):
         for function in self.FUNCTIONS:
             if function.__name__ == name:
                 return function
-        raise pickle.UnpicklingError(f"it calls {module}.{name}")
+        raise pickle.UnpicklingError(f"it calls {module}.{name}, which is not a part of an array")
 
 
 def load_parameters(path):
     """Reads a params/epoch-NN.pkl: a dict from names to float32 numpy arrays.
 
-    Unlike pickle.load, it runs no code from the file. Exits with a message if the file cannot be
-    read, or contains anything else.
+    Unlike pickle.load, it runs no code from the file, but raises UnpicklingError.
     """
-    try:
-        parameters = ArrayUnpickler(io.BytesIO(Path(path).read_bytes())).load()
-        return {name: np.asarray(parameters[name], dtype=np.float32) for name in parameters}
-    except Exception as error:  # Damaged files can raise almost any error.
-        sys.exit(f"gradients.py: error: {path} cannot be read as parameters ({error!r})")
+    with open(path, "rb") as file:
+        return ArrayUnpickler(file).load()
 
 
 def load_model(path, dropout, device):
     """Returns a LeNet with the parameters in a file."""
     model = LeNet(dropout)
-    state = {name: torch.tensor(array) for name, array in load_parameters(path).items()}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        sys.exit(f"gradients.py: error: {path} is of another model than main.py's: {error!r}")
+    arrays = load_parameters(path)
+    model.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
     make_faster(model)
     return model.to(device)
 
@@ -174,8 +162,8 @@ def conclusion(epoch, scale, batch_size):
 
 def draw(table, title, batch_size):
     """Returns a figure of the table."""
-    figure, panels = plt.subplots(1, 3, figsize=(10, 4), layout="constrained")
-    norms, cosines, scales = panels
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = norms, cosines, scales = figure.subplots(1, 3)
     figure.suptitle(title, fontsize="medium")
     norms.plot(table.epoch, table.true_norm, "s-", color="C1", label="true gradient")
     for panel, name in ((norms, "norm"), (cosines, "cosine")):
@@ -195,29 +183,27 @@ def draw(table, title, batch_size):
 
 def compare_epochs(folder, settings, mode):
     """Compares the gradients at every stored epoch; writes the table and its picture."""
-    numbers = sorted(int(path.stem[6:]) for path in (folder / "params").glob("epoch-*.pkl"))
-    if not numbers:
-        sys.exit(f"gradients.py: error: {folder} has no stored parameters: run main.py first")
     device = select_device()
-    dataset, (pixels, labels), _ = load_dataset(settings.dataset, settings.data_dir)
-    batches = Loader(pixels, labels, 250, device)  # for the true gradient: any size will do
-    batch_size = settings.batch_size
-    shuffled = Loader(pixels, labels, batch_size, device, settings.seed)
+    dataset, (pixels, labels), _ = load_dataset(settings["dataset"], settings["data_dir"])
+    dropout, batch_size = settings["dropout"], settings["batch_size"]
+    seed_everything(settings["seed"])  # for the mini-batches
+    shuffled = Loader(pixels, labels, batch_size, device, shuffle=True)
     sample = [batch for batch in itertools.islice(shuffled, SAMPLE) if len(batch[1]) == batch_size]
     if len(sample) < 2:
         sys.exit(f"gradients.py: error: --batch-size must be well below {len(pixels)} images")
+    batches = Loader(pixels, labels, 250, device)  # for the true gradient: any size will do
     title = f"{mode} mode: {len(sample)} mini-batches of {batch_size} against the true gradient"
     title += f" of {len(pixels)} images of {dataset}"
     if mode == "train":
-        title += f", dropout {settings.dropout}"
+        title += f", dropout {dropout}"
     print(title, flush=True)
 
     name = folder / ("gradients" if mode == "eval" else "gradients-train")
     rows = []
+    numbers = sorted(int(path.stem[6:]) for path in folder.glob("params/epoch-*.pkl"))
     for epoch in numbers:
-        path = folder / "params" / f"epoch-{epoch:02}.pkl"
-        model = load_model(path, settings.dropout, device)
-        seed_everything(settings.seed)  # for dropout
+        model = load_model(folder / f"params/epoch-{epoch:02}.pkl", dropout, device)
+        seed_everything(settings["seed"])  # for dropout
         true = true_gradient(model, batches)
         gradients = mini_batch_gradients(model, sample, mode)
         rows.append({"epoch": epoch, "mode": mode} | compare(true, gradients, batch_size))
@@ -232,16 +218,12 @@ def compare_epochs(folder, settings, mode):
 
 
 def main(argv=None):
-    """Runs the program. Exits with a message if it cannot do what the flags ask."""
+    """Runs the program. Exits with a message if there is no run, or if a flag makes no sense."""
     parser = argparse.ArgumentParser("gradients.py", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("run", nargs="?", type=Path, metavar="RUN", help="folder of the run (the newest in ./logs)")
-    add(
-        "--mode",
-        choices=["eval", "train"],
-        default="eval",
-        help="mode for the mini-batch gradients",
-    )
+    help_text = "mode of the model for the mini-batch gradients (eval)"
+    add("--mode", choices=["eval", "train"], default="eval", help=help_text)
     add("--batch-size", type=int, metavar="N", help="images per mini-batch (as in the run)")
     add("--data-dir", metavar="DIR", help="folder of MNIST/raw/ (as in the run)")
     args = parser.parse_args(argv)
@@ -250,15 +232,11 @@ def main(argv=None):
     folder = args.run or newest_run("logs")
     if folder is None:
         sys.exit("gradients.py: error: there is no run in ./logs: run main.py first")
-    try:
-        settings = json.loads((folder / "settings.json").read_text())
-        given = {name: value for name, value in vars(args).items() if value is not None}
-        compare_epochs(folder, argparse.Namespace(**(settings | given)), args.mode)
-    except (OSError, json.JSONDecodeError) as error:
-        sys.exit(f"gradients.py: error: {folder}: {error}")
+    settings = json.loads((folder / "settings.json").read_text())
+    for name in ("batch_size", "data_dir"):
+        settings[name] = getattr(args, name) or settings[name]
+    compare_epochs(folder, settings, args.mode)
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):  # Windows has none.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python gradients.py | head` ends quietly.
     main()

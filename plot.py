@@ -1,67 +1,58 @@
 """Draw the curves of runs of main.py: exercise 2 of the guide.
 
 python plot.py                          # the newest run in ./logs, even while it is running
-python plot.py logs/run-1 logs/run-2    # several runs in one plot
+python plot.py logs/run-1 logs/run-2    # several runs in one picture
 python plot.py --output curves.pdf      # in any format that matplotlib supports
 """
 
 import argparse
-import io
 import json
-import os
-import signal
 import sys
 from pathlib import Path
 
-os.environ["MPLBACKEND"] = "agg"  # A notebook sets it to a backend that may not be installed here.
-import matplotlib.pyplot as plt
+import matplotlib.style
 import pandas as pd
+from matplotlib.figure import Figure
 
 
-def read_table(path, columns):
-    """Returns the csv file as a table with at least these columns, possibly with no rows."""
+def newest_run():
+    """Returns the newest run in ./logs, as main.py --resume chooses it. Exits if there is none."""
+    runs = [path.parent for path in Path("logs").glob("run-*/checkpoint.pt")]
+    runs = [run for run in runs if run.name[4:].isdecimal()]
+    if not runs:
+        sys.exit("plot.py: error: there is no run in ./logs: run main.py first, or name a folder")
+    return max(runs, key=lambda run: int(run.name[4:]))
+
+
+def read_table(path):
+    """Returns a table, without rows if nothing has been written to it yet."""
     try:
-        text = path.read_text()
-        text = text[: text.rfind("\n") + 1]  # During the run, a line may be half written,
-        text = text or ",".join(columns)  # or there may be none yet.
-        table = pd.read_csv(io.StringIO(text))
-        table[columns].astype(float)
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"plot.py: error: {path} is not a table from main.py: {error}")
-    return table
+        return pd.read_csv(path)
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame(columns=["epoch", "step", "lr", "loss"])
 
 
 def read_run(folder):
     """Returns the two tables of a run, for training and for testing."""
     # Testing comes last in an epoch: if read first, it is never ahead of training.
-    test = read_table(folder / "test.csv", ["epoch", "step", "loss"])
-    train = read_table(folder / "train.csv", ["step", "epoch", "batch", "lr", "loss"])
+    test = read_table(folder / "test.csv")
+    train = read_table(folder / "train.csv")
     if train.empty:
         sys.exit(f"plot.py: error: {folder / 'train.csv'} has no steps yet: wait for the first")
     return train, test
 
 
-def read_settings(folder):
-    """Returns the settings of a run that may affect its curves: a dict, empty if unknown."""
-    try:
-        settings = json.loads((folder / "settings.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return {name: settings[name] for name in settings if name not in ("resume", "log_dir")}
-
-
 def label_runs(folders):
-    """Returns a label for each run: its settings that differ between the runs, or its folder."""
-    runs = [read_settings(folder) for folder in folders]
-    labels = []
-    for folder, settings in zip(folders, runs, strict=True):
-        differing = []
-        for name, value in settings.items():
-            if any(other.get(name) != value for other in runs):
-                differing.append(f"{name} {value}")
-        is_unique = differing and runs.count(settings) == 1
-        labels.append(", ".join(differing) if is_unique else str(folder))
-    return labels
+    """Returns a label for each run: the one setting in which all differ, or else its folder."""
+    runs = [json.loads((folder / "settings.json").read_text()) for folder in folders]
+    differing = []
+    for name in runs[0]:
+        values = {str(run.get(name)) for run in runs}
+        if len(values) > 1 and name not in ("resume", "log_dir", "machine"):
+            differing.append(name)
+    labels = [", ".join(f"{name} {run.get(name)}" for name in differing) for run in runs]
+    is_clear = len(differing) == 1 and len(set(labels)) == len(labels)
+    return labels if is_clear else [str(folder) for folder in folders]
 
 
 def epochs_done(train, test):
@@ -77,25 +68,23 @@ def epochs_done(train, test):
 def draw(runs, labels):
     """Returns a figure of runs, each a pair of tables, with a panel for each kind of curve."""
     names = ["training loss"]
-    tests = [test for _, test in runs if len(test) > 0]
-    if tests:
+    if any(len(test) > 0 for _, test in runs):
         names += ["test loss"]
-    if any("accuracy" in test for test in tests):
+    if any("accuracy" in test for _, test in runs):
         names += ["test accuracy (%)"]
     if any(train.lr.nunique() > 1 for train, _ in runs):
         names += ["learning rate"]
-    figure, axes = plt.subplots(
-        len(names), sharex=True, squeeze=False, layout="constrained", figsize=(8, 2.2 * len(names))
-    )
-    panels = dict(zip(names, axes.flat, strict=True))
+    figure = Figure(figsize=(8, 2.2 * len(names)), layout="constrained")
+    axes = figure.subplots(len(names), sharex=True, squeeze=False).flat
+    panels = dict(zip(names, axes, strict=True))
     for name, panel in panels.items():
         panel.set_ylabel(name)
         panel.grid(alpha=0.3)
         if name != "test accuracy (%)":
             panel.set_yscale("log")
     # Epochs let you compare different batch sizes, but each run needs a whole one.
-    unit = "epoch" if len(tests) == len(runs) else "step"
-    axes[-1, 0].set_xlabel(unit)
+    unit = "epoch" if all(len(test) > 0 for _, test in runs) else "step"
+    panel.set_xlabel(unit)
     for number, ((train, test), label) in enumerate(zip(runs, labels, strict=True)):
         draw_run(panels, train, test, unit, label, number)
     if len(runs) > 1:
@@ -117,33 +106,23 @@ def draw_run(panels, train, test, unit, label, number):
         panels["learning rate"].plot(times, train.lr, markevery=some, **look)
     if len(test) > 0:
         panels["test loss"].plot(test[unit], test.loss, **look)
-    if "accuracy" in test and len(test) > 0:
+    if "accuracy" in test:
         panels["test accuracy (%)"].plot(test[unit], test.accuracy, **look)
 
 
 def main(argv=None):
-    """Draws the given runs, or the newest one. Exits with a message if it cannot."""
+    """Draws the given runs, or the newest one."""
     parser = argparse.ArgumentParser("plot.py", description="Draw the curves of runs of main.py.")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the picture (curves.png)")
     args = parser.parse_args(argv)
-    folders = args.runs
-    if not folders:
-        folders = [path for path in Path("logs").glob("run-*") if path.name[4:].isdecimal()]
-        folders = sorted(folders, key=lambda folder: int(folder.name[4:]))[-1:]
-    if not folders:
-        sys.exit("plot.py: error: there is no run in ./logs: run main.py first, or name a folder")
+    folders = args.runs or [newest_run()]
     output = args.output or (folders[0] if len(folders) == 1 else Path()) / "curves.png"
-    plt.style.use("tableau-colorblind10")  # whose colours the colour-blind can tell apart
-    figure = draw([read_run(folder) for folder in folders], label_runs(folders))
-    try:
-        figure.savefig(output, dpi=120)
-    except (OSError, ValueError) as error:  # ValueError: matplotlib cannot write this format
-        sys.exit(f"plot.py: error: {output}: {error}")
+    # The colour-blind can tell these colours apart.
+    with matplotlib.style.context("tableau-colorblind10"):
+        draw([read_run(folder) for folder in folders], label_runs(folders)).savefig(output, dpi=120)
     print(f"The curves are in {output}")
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):  # Windows has none.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python plot.py | head` ends quietly.
     main()

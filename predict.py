@@ -12,14 +12,14 @@ import argparse
 import json
 import math
 import os
-import signal
 import sys
 from pathlib import Path
 
-os.environ["MPLBACKEND"] = "agg"  # A notebook sets it to a backend that may not be installed here.
-import matplotlib.pyplot as plt
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in main.py, before PyTorch is imported
+
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from scipy import ndimage
 
@@ -36,7 +36,8 @@ def read(model, images):
 
 
 def flatten(picture):
-    """Returns a picture of any mode as RGB, on white or black paper where it is transparent."""
+    """Returns a picture upright, as RGB, on white or black paper where it is transparent."""
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode[0] in "IF":  # integers or floats of any range
         values = np.asarray(picture, dtype=float)
         values = np.interp(values, (values.min(), values.max()), (0, 255))
@@ -49,10 +50,10 @@ def flatten(picture):
 
 
 def find_digit(picture):
-    """Returns which pixels are the digit in an RGB picture, as booleans, or None if it is blank.
+    """Returns which pixels of an RGB picture are the digit, as booleans.
 
-    The picture is first scaled to fit in 200 x 200 pixels. The lengths and thresholds below were
-    chosen by trying them on drawn digits.
+    Raises ValueError if it is blank. The picture is first scaled to fit in 200 x 200 pixels. The
+    lengths and thresholds below were chosen by trying them on drawn digits.
     """
     colours = np.asarray(ImageOps.contain(picture, (200, 200)), dtype=float)
     # Shadows are wider than this blur, and strokes are narrower.
@@ -63,7 +64,7 @@ def find_digit(picture):
     if np.cbrt(contrast).sum() > 0:  # dark on light
         contrast = -contrast
     if contrast.max() < 25:  # of 255: only shadows or noise
-        return None
+        raise ValueError("the picture is blank")
     pieces, _ = ndimage.label(contrast > 0.3 * contrast.max(), np.ones((3, 3)))
     lengths = [max(pieces[place].shape) for place in ndimage.find_objects(pieces)]
     border = {*pieces[0], *pieces[-1], *pieces[:, 0], *pieces[:, -1]} - {0}  # 0 is the paper.
@@ -97,16 +98,13 @@ def make_image(digit):
 def draw(images, titles, path):
     """Draws images of 28 x 28 pixels, ten in a row, with their titles."""
     rows = max(math.ceil(len(images) / 10), 1)
-    figure = plt.figure(figsize=(8, 1.1 * rows), layout="constrained")
+    figure = Figure(figsize=(8, 1.1 * rows), layout="constrained")
     for place, (image, title) in enumerate(zip(images, titles, strict=True), start=1):
         panel = figure.add_subplot(rows, 10, place)
-        panel.imshow(image, cmap="gray_r")
+        panel.imshow(np.asarray(image), cmap="gray_r")
         panel.set_title(title, fontsize=8)
         panel.axis("off")
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:  # ValueError: matplotlib cannot write this format
-        sys.exit(f"predict.py: error: {path}: {error}: name another file with --output")
+    figure.savefig(path, dpi=120)
 
 
 def read_test_digits(model, images, labels, output):
@@ -116,7 +114,7 @@ def read_test_digits(model, images, labels, output):
     print(f"Accuracy: {100 * (1 - len(wrong) / len(labels)):.2f}% of {len(labels)} test images")
     wrong = wrong[percents[wrong].argsort(descending=True)]
     wrong = wrong[:80]  # Eight rows of ten fit on a screen.
-    titles = [f"{labels[ix]} as {digits[ix]}\n{percents[ix]:.0f} %" for ix in wrong]
+    titles = [f"{labels[ix]} as {digits[ix]}\n{percents[ix]:.0f}%" for ix in wrong]
     draw(images[wrong], titles, output)
     print(f"The mistakes are in {output}")
 
@@ -129,19 +127,17 @@ def read_pictures(model, paths, output):
     images, titles = [], []
     for path in paths:
         try:
-            picture = ImageOps.exif_transpose(Image.open(path))
-        except Exception as error:  # Damaged files can raise nearly anything.
+            image = torch.tensor(make_image(find_digit(flatten(Image.open(path)))))
+        except OSError as error:
+            line = f"predict.py: error: {path}: {error} (PNG and JPEG files can be read)"
+            print(line, file=sys.stderr)
+        except ValueError as error:
             print(f"predict.py: error: {path}: {error}", file=sys.stderr)
-            continue
-        digit = find_digit(flatten(picture))
-        if digit is None:
-            print(f"predict.py: error: {path}: the picture is blank", file=sys.stderr)
-            continue
-        image = torch.tensor(make_image(digit))
-        [answer], [percent] = read(model, image.unsqueeze(0))
-        images.append(image)
-        titles.append(f"{answer} ({percent:.1f} %)")
-        print(f"{path}: {titles[-1]}")
+        else:
+            [answer], [percent] = read(model, image.unsqueeze(0))
+            images.append(image)
+            titles.append(f"{answer} ({percent:.1f}%)")
+            print(f"{path}: {titles[-1]}")
     if images:
         draw(images, titles, output)
         print(f"What the network saw is in {output}")
@@ -162,13 +158,13 @@ def main(argv=None):
     run = args.run or newest_run("logs")
     if run is None:
         sys.exit("predict.py: error: there is no run in ./logs: run main.py first, or name a --run")
+    settings = json.loads((run / "settings.json").read_text())
+    checkpoint = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     model = LeNet()
-    try:
-        checkpoint = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-        model.load_state_dict(checkpoint["states"]["model"])
-        settings = json.loads((run / "settings.json").read_text())
-    except Exception as error:  # Damaged files can raise nearly anything.
-        sys.exit(f"predict.py: error: {run} is not a complete run of this network: {error!r}")
+    model.load_state_dict(checkpoint["states"]["model"])
+    print(f"predict.py: {run} after epoch {checkpoint['epoch']}", file=sys.stderr)
+    if checkpoint["epoch"] == 0:
+        print("predict.py: warning: THIS NETWORK HAS NOT BEEN TRAINED", file=sys.stderr)
     model.eval()  # Dropout is off, and batch norm uses its running statistics.
     if args.pictures:
         read_pictures(model, args.pictures, args.output or run / "pictures.png")
@@ -179,6 +175,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):  # Windows has none.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python predict.py | head` ends quietly.
     main()

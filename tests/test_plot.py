@@ -1,15 +1,10 @@
 """plot.py: it draws what is in the tables, whatever state the runs are in."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
-from conftest import HOME, error_line
+from conftest import error_line
 
 import plot
 
@@ -19,6 +14,7 @@ SETTINGS = {"lr": 0.1, "seed": 1, "schedule": "constant", "log_dir": "./logs", "
 def make_run(folder, batches=(40, 40), tested=True, **settings):
     """Writes the tables of a run with so many batches in each epoch, whose loss falls."""
     folder.mkdir(parents=True)
+    (folder / "checkpoint.pt").touch()
     places = [(epoch, b) for epoch, count in enumerate(batches, 1) for b in range(count)]
     train = [(n, *place, 0.1, 2 / n) for n, place in enumerate(places, 1)]
     test = [(n, sum(batches[:n]), 0.1, 1 / n, 90 + n) for n in range(1, len(batches) + tested)]
@@ -32,13 +28,15 @@ def make_run(folder, batches=(40, 40), tested=True, **settings):
 def drawn(*folders):
     """The figure of these runs, and its panels by their labels."""
     figure = plot.draw([plot.read_run(folder) for folder in folders], plot.label_runs(folders))
-    plt.close(figure)
     return figure, {axes.get_ylabel(): axes for axes in figure.axes}
 
 
 def test_the_newest_run_by_default(go, tmp_path):
+    assert "no run in ./logs" in error_line(go("plot.py", cwd=tmp_path))
     for number in (1, 9, 10):
         make_run(tmp_path / "logs" / f"run-{number}")
+    make_run(tmp_path / "logs" / "run-old")
+    (make_run(tmp_path / "logs" / "run-11") / "checkpoint.pt").unlink()
     finished = go("plot.py", cwd=tmp_path)
     assert (finished.returncode, finished.stderr) == (0, "")
     assert finished.stdout == "The curves are in logs/run-10/curves.png\n"
@@ -49,7 +47,7 @@ def test_curves_are_those_of_the_tables(tmp_path):
     run = make_run(tmp_path / "run")
     table = pd.read_csv(run / "train.csv")
     table.loc[40:, "lr"] = 0.01
-    (run / "train.csv").write_text(table.to_csv(index=False) + "81,3,0,0.")  # half a line
+    table.to_csv(run / "train.csv", index=False)
     figure, panels = drawn(run)
     assert list(panels) == ["training loss", "test loss", "test accuracy (%)", "learning rate"]
     assert [axes.get_yscale() for axes in panels.values()] == ["log", "log", "linear", "log"]
@@ -99,7 +97,6 @@ def test_places_of_a_run_with_other_batch_sizes(tmp_path, batches, tested, unit,
         ("test.csv", "", 1),  # no test yet
         ("test.csv", "epoch,step,lr,loss,error\n1,40,0.1,1,9\n", 2),  # a student's own columns
         ("train.csv", "step,epoch,batch,lr,loss\n1,1,0,0.1,2\n2,1,1,0.1,nan\n", 3),  # diverged
-        ("settings.json", "", 3),
     ],
 )
 def test_runs_in_any_state(go, tmp_path, file, text, panels):
@@ -107,42 +104,25 @@ def test_runs_in_any_state(go, tmp_path, file, text, panels):
     (run / file).write_text(text)
     finished = go("plot.py", run, make_run(tmp_path / "run-2"), cwd=tmp_path)
     assert (finished.returncode, finished.stderr) == (0, "")
-    assert len(drawn(run)[1]) == panels
+    assert (tmp_path / "curves.png").exists() and len(drawn(run)[1]) == panels
+
+
+def test_a_run_without_steps(go, tmp_path):
+    run = make_run(tmp_path / "run")
+    for text in ("", "step,epoch,batch,lr,loss\n"):
+        (run / "train.csv").write_text(text)
+        assert "train.csv has no steps yet" in error_line(go("plot.py", run))
 
 
 @pytest.mark.parametrize(
     "settings, labels",
     [
-        ([{"lr": 0.1}, {"lr": 0.2, "seed": 2}], ["lr 0.1, seed 1", "lr 0.2, seed 2"]),
-        ([{"log_dir": "a"}, {"log_dir": "b"}], ["RUN 0", "RUN 1"]),
-        ([{"seed": 1}, {"seed": 1}, {"seed": 2}], ["RUN 0", "RUN 1", "seed 2"]),
-        ([{}, None], ["lr 0.1, seed 1, schedule constant", "RUN 1"]),  # without settings.json
+        ([{"lr": 0.1, "log_dir": "a"}, {"lr": 0.2, "log_dir": "b"}], ["lr 0.1", "lr 0.2"]),
+        ([{"lr": 0.1}, {"lr": 0.2, "seed": 2}], ["RUN 0", "RUN 1"]),
+        ([{"log_dir": "a", "machine": "A"}, {"log_dir": "b", "machine": "B"}], ["RUN 0", "RUN 1"]),
+        ([{"seed": 1}, {"seed": 1}, {"seed": 2}], ["RUN 0", "RUN 1", "RUN 2"]),
     ],
 )
-def test_labels_are_the_settings_that_differ(tmp_path, settings, labels):
-    folders = [make_run(tmp_path / str(n), **(given or {})) for n, given in enumerate(settings)]
-    if settings[-1] is None:
-        (folders[-1] / "settings.json").unlink()
+def test_labels_are_the_one_setting_that_differs(tmp_path, settings, labels):
+    folders = [make_run(tmp_path / str(n), **given) for n, given in enumerate(settings)]
     assert plot.label_runs(folders) == [label.replace("RUN ", f"{tmp_path}/") for label in labels]
-
-
-def test_what_cannot_be_drawn_is_one_line(go, tmp_path):
-    assert "no run in ./logs" in error_line(go("plot.py", cwd=tmp_path))
-    assert "nowhere" in error_line(go("plot.py", "nowhere", cwd=tmp_path))
-    run = make_run(tmp_path / "run")
-    assert "curves.xyz" in error_line(go("plot.py", run, "--output", "curves.xyz", cwd=tmp_path))
-    assert "no/x.png" in error_line(go("plot.py", run, "--output", "no/x.png", cwd=tmp_path))
-    (run / "train.csv").write_text("step,epoch,batch,lr,loss\n")
-    assert "train.csv has no steps yet" in error_line(go("plot.py", run))
-    (run / "train.csv").write_text("a,b\n1,2\n")
-    assert "train.csv is not a table" in error_line(go("plot.py", run))
-
-
-@pytest.mark.parametrize("program", ["plot.py", "gradients.py", "predict.py"])
-def test_a_notebooks_backend_and_a_closed_pipe(program):
-    command = [sys.executable, HOME / program, "--help"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    environment = os.environ | {"MPLBACKEND": "not-installed"}
-    with subprocess.Popen(command, **pipes, env=environment) as process:
-        process.stdout.close()
-        assert (process.stderr.read(), process.wait()) == (b"", -signal.SIGPIPE)

@@ -90,8 +90,8 @@ def test_digits_in_pictures_are_read(go, run, tmp_path, kind):
         mask = draw_mask(digit, pen=1 if "thin" in kind else 18)
         KINDS[kind](mask).save(tmp_path / name, exif=exif)
     finished = go("predict.py", "--run", run, *names, cwd=tmp_path)
-    assert (finished.returncode, finished.stderr) == (0, "")
-    line = rf"^(\d) {re.escape(kind)}: (\d) \(\d+\.\d %\)$"
+    assert (finished.returncode, finished.stderr) == (0, f"predict.py: {run} after epoch 8\n")
+    line = rf"^(\d) {re.escape(kind)}: (\d) \(\d+\.\d%\)$"
     answers = re.findall(line, finished.stdout, re.MULTILINE)
     # After ten epochs on all of MNIST, it is at least nine of each kind.
     assert len(answers) == 10 and sum(a == b for a, b in answers) >= 8, answers
@@ -123,7 +123,7 @@ def test_mistakes_are_those_of_a_plain_network(run, small_mnist, drawn, monkeypa
     for image, title, percent in zip(*drawn, surest, strict=True):
         normal = (image / 255 - 0.1307) / 0.3081
         place = (images[:, 0] - normal).abs().amax((1, 2)).argmin()  # among the test images
-        label, digit, shown = re.fullmatch(r"(\d) as (\d)\n(\d+) %", title).groups()
+        label, digit, shown = re.fullmatch(r"(\d) as (\d)\n(\d+)%", title).groups()
         assert [int(label), int(digit)] == [labels[place], digits[place]]
         assert abs(int(shown) - percent) < 0.6  # rounded
 
@@ -138,31 +138,47 @@ def test_no_mistakes_are_an_empty_row_and_paper_is_white(tmp_path):
 def test_output(go, run, tmp_path):
     assert go("predict.py", "--run", run, "--output", tmp_path / "drawn.png").returncode == 0
     assert (tmp_path / "drawn.png").exists()
-    draw_mask(3).save(tmp_path / "3.png")
-    finished = go("predict.py", "--run", run, "--output", "there/x.png", "3.png", cwd=tmp_path)
-    assert re.search(r"there/x\.png.*--output", error_line(finished))
-    assert finished.stdout.startswith("3.png: 3 (")  # The answer comes first.
 
 
 def test_pictures_that_cannot_be_read_get_a_line_each(go, run, tmp_path):
     Image.new("L", (50, 50), 255).save(tmp_path / "blank.png")
     shade(Image.new("L", SIZE)).save(tmp_path / "shadow.png")
     draw_mask(3).save(tmp_path / "3.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "3.png").read_bytes()[:600])
-    names = ["blank.png", "shadow.png", "cut.png", "no.png"]
+    for name in ("cut.png", "cut.jpg"):
+        draw_mask(3).save(tmp_path / name)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:1000])
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x1cftypheic" + bytes(999))
+    names = ["blank.png", "shadow.png", "cut.png", "cut.jpg", "no.png", "phone.heic"]
     finished = go("predict.py", "--run", run, *names, "3.png", cwd=tmp_path)
     assert finished.returncode == 1
-    lines = [line.split(": ")[:3] for line in finished.stderr.splitlines()]
-    assert lines == [["predict.py", "error", name] for name in names]
+    _, *lines = finished.stderr.splitlines()
+    assert [line.split(": ")[:3] for line in lines] == [["predict.py", "error", n] for n in names]
+    assert lines[-1].endswith(" (PNG and JPEG files can be read)")
     assert finished.stdout.startswith("3.png: 3 (")
 
 
-def test_runs_and_data_that_cannot_be_read(go, run, tmp_path):
+def test_the_newest_run_with_a_warning_if_it_is_not_trained(go, run, small_mnist, tmp_path):
+    def count(number, epoch):
+        """A run with so many finished epochs."""
+        copied = shutil.copytree(run, tmp_path / "logs" / f"run-{number}")
+        checkpoint = torch.load(copied / "checkpoint.pt", weights_only=True)
+        torch.save(checkpoint | {"epoch": epoch}, copied / "checkpoint.pt")
+
     assert "no run in ./logs" in error_line(go("predict.py", cwd=tmp_path))
-    assert "nowhere" in error_line(go("predict.py", "--run", "nowhere"))
-    empty = tmp_path / "data"  # The flag wins over the run's own data dir.
-    assert str(empty) in error_line(go("predict.py", "--run", run, "--data-dir", empty))
+    count(9, 3)
+    finished = go("predict.py", "--data-dir", small_mnist, cwd=tmp_path)
+    assert finished.stderr == "predict.py: logs/run-9 after epoch 3\n"
+    count(10, 0)
+    (tmp_path / "logs" / "run-11").mkdir()
+    finished = go("predict.py", "--data-dir", small_mnist, cwd=tmp_path)
+    warning = "predict.py: warning: THIS NETWORK HAS NOT BEEN TRAINED\n"
+    assert finished.stderr == f"predict.py: logs/run-10 after epoch 0\n{warning}"
+    finished = go("predict.py", "--run", run, "--data-dir", tmp_path / "empty")
+    assert str(tmp_path / "empty") in finished.stderr.splitlines()[-1]  # It wins over the run's.
+
+
+def test_nothing_in_a_checkpoint_is_run(go, run, tmp_path):
     copied = shutil.copytree(run, tmp_path / "run-1")
-    torch.save(Hostile(tmp_path / "it ran"), copied / "checkpoint.pt")
-    assert "run-1" in error_line(go("predict.py", "--run", copied))
-    assert not (tmp_path / "it ran").exists()
+    torch.save(Hostile(tmp_path / "made"), copied / "checkpoint.pt")
+    assert go("predict.py", "--run", copied).returncode == 1
+    assert not (tmp_path / "made").exists()

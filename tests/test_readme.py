@@ -26,7 +26,6 @@ REPLACED = {
     "tests/benchmark.py": "tests/benchmark.py --help",  # It would take half an hour.
     "tail -f": "cat",  # It would not end.
     "--epochs 20": "--epochs 8",
-    "sleep 5": "sleep 2",
     "--schedule cosine": "--schedule cosine --batch-size 4 --epochs 1",  # It prints batch 100.
     "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu": "true",
 }
@@ -63,8 +62,9 @@ def outputs(checkout, go):
     environment = os.environ | {"PATH": f"{checkout}/.venv/bin:{os.environ['PATH']}"}
     options = {"cwd": checkout, "env": environment, "capture_output": True, "text": True}
     outputs = {}
-    # A command that continues on the next line ends with &&.
-    lines = "".join(code_blocks("sh")).replace("&&\n", "&& ").splitlines()
+    # These commands continue on the next line.
+    lines = "".join(code_blocks("sh")).replace("&&\n", "&& ").replace("&\nuntil", "& until")
+    lines = lines.splitlines()
     for line in [line for line in lines if not ELSEWHERE.match(line)]:
         command = line
         for part, other in REPLACED.items():

@@ -32,11 +32,12 @@ def start(project):
     # If nohup made the tests ignore hangups, run.sh would, too; a handler is not inherited.
     before = signal.signal(signal.SIGHUP, lambda *_: None)
 
-    def start(*arguments, command=("the project/run.sh",), **settings):
+    def start(*arguments, command=("the project/run.sh",), cwd=project.parent, **settings):
+        environ = {name: os.environ[name] for name in os.environ if not name.startswith("CUDA")}
         process = subprocess.Popen(
             [*command, *arguments],
-            env=os.environ | {name: str(value) for name, value in settings.items()},
-            cwd=project.parent,
+            env=environ | {name: str(value) for name, value in settings.items()},
+            cwd=cwd,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -63,21 +64,41 @@ def finish(process, status=3, message=""):
     "command, settings, gpus, processes",
     [
         (["the project/run.sh"], {}, "0", 1),
-        (["sh", "the project/run.sh"], {"GPUID": ""}, "", 1),
-        (["./link"], {"GPUID": "1,2,5"}, "1,2,5", 3),
+        (["./link"], {"GPUID": "1,2,5", "CUDA_VISIBLE_DEVICES": "0"}, "1,2,5", 3),
+        (["sh", "the project/run.sh"], {"GPUID": "", "CUDA_VISIBLE_DEVICES": "0"}, "", 1),
+        # What a batch system has set stays: another GPU, none, or one by its name.
+        (["the project/run.sh"], {"CUDA_VISIBLE_DEVICES": "1"}, "1", 1),
+        (["the project/run.sh"], {"CUDA_VISIBLE_DEVICES": ""}, "", 1),
+        (
+            ["the project/run.sh"],
+            {"CUDA_VISIBLE_DEVICES": "GPU-8932f937-d72c"},
+            *["GPU-8932f937-d72c", 1],
+        ),
     ],
 )
 def test_what_python_is_given(project, start, tmp_path, command, settings, gpus, processes):
     (tmp_path / "link").symlink_to(project / "run.sh")
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     torchrun += ["--standalone", "--local-addr=127.0.0.1"]
-    flags = "--log-dir ./logs --data ./data --batch-size 128 --dropout 0.3 --momentum 0.9"
-    flags = [*flags.split(), "--epochs", "10", "--lr", "two words"]
+    flags = "--log-dir ./logs --batch-size 128 --dropout 0.3 --momentum 0.9 --epochs 10 --lr"
+    flags = [*flags.split(), "two words"]
     lines = [f"GPUs {gpus}", "-u", *torchrun * (processes > 1), "main.py", *flags, "failed"]
     for count in (1, 2):  # One log has what all runs print.
         finish(start("--lr", "two words", command=command, **settings))
         assert (project / "logs" / "log.out").read_text().splitlines() == lines * count
-    assert (project / "data").is_dir()
+
+
+def test_a_copy_that_a_batch_system_starts(project, start, tmp_path):
+    """It runs where it was submitted, and nowhere else than beside a main.py."""
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    shutil.copy(project / "run.sh", spool / "job")
+    message = f"run.sh: error: there is no main.py beside it, or in {tmp_path}\n"
+    finish(start(command=["spool/job"]), 1, re.escape(message))
+    finish(start(command=["spool/job"], SLURM_SUBMIT_DIR=project))
+    finish(start(command=[spool / "job"], cwd=project))
+    assert (project / "logs" / "log.out").read_text().count("main.py") == 2
+    assert [path.name for path in spool.iterdir()] == ["job"]
 
 
 @pytest.mark.parametrize("gpus", ["-1", "-1,-1"])  # no such GPUs: on the CPU
@@ -103,19 +124,16 @@ def test_hangup_and_kill(project, start, small_mnist, tmp_path, gpus):
 
 @pytest.mark.parametrize("resume", ["--resume", "--resume=old/run-7", "--resume old/run-7"])
 @pytest.mark.parametrize("there", [True, False])
-@pytest.mark.parametrize("settings", [{}, {"DATADIR": "my data"}])
-def test_flags_of_a_run_that_is_there(project, start, resume, there, settings):
+def test_flags_of_a_run_that_is_there(project, start, resume, there):
     run = project / ("logs/run-1" if resume == "--resume" else "old/run-7")
     run.mkdir(parents=True)
     if there:
         (run / "checkpoint.pt").touch()
-    finish(start(*resume.split(), **settings))
+    finish(start(*resume.split(), DATADIR="my data"))
     given = (project / "logs" / "log.out").read_text()
     assert ("--dropout\n0.3\n" in given) == (not there)
-    # A run that is there has a data dir of its own, too, but what is given now wins.
-    assert ("--data\n" in given) == (not there or bool(settings))
-    assert ("--data\nmy data\n" in given) == bool(settings)
-    assert "--log-dir\n./logs\n" in given and "\n--resume" in given
+    assert "--log-dir\n./logs\n" in given and "--data\nmy data\n" in given
+    assert "\n".join(resume.split()) in given
 
 
 def test_python_on_the_path_without_a_virtual_environment(project, start, tmp_path):

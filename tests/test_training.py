@@ -2,16 +2,16 @@
 
 import copy
 import ctypes
-import math
 import os
 import re
+import subprocess
 import sys
-from contextlib import ExitStack
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import checksum, error_line, plain_lenet, plain_with, read_params, rows
+from conftest import HOME, checksum, error_line, plain_lenet, plain_with, read_params, rows
 from torch import nn, optim
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -32,9 +32,11 @@ DEFAULTS = {  # as in the guide, and then the flags that it does not have
 }
 
 
-def test_defaults(go):
+def test_defaults_and_home(go, monkeypatch):
     assert vars(main.parse_arguments([])) == DEFAULTS
-    assert main.parse_arguments(["--data", "D"]).data_dir == "D"  # as in the guide's run.sh
+    monkeypatch.setenv("HOME", "/home/ann")
+    args = main.parse_arguments(["--data=~/D", "--log-dir=~/L"])  # --data is in the guide's run.sh
+    assert (args.data_dir, args.log_dir) == ("/home/ann/D", "/home/ann/L")
     text = go("main.py", "--help").stdout
     for name, default in DEFAULTS.items():
         flag = name.replace("_", "-")
@@ -50,12 +52,13 @@ def test_defaults(go):
         ("--dropout", ["1", "-0.1", "nan"]),
         ("--momentum", ["1", "-0.1", "nan"]),
         ("--seed", ["-1"]),
+        ("--resume", ["nowhere"]),
     ],
 )
 def test_flags_that_make_no_sense(go, tmp_path, flag, values):
     for value in values:
         finished = go("main.py", flag, value, cwd=tmp_path)
-        assert f"argument {flag}: must be " in error_line(finished, 2) and finished.stdout == ""
+        assert f"argument {flag}: " in error_line(finished, 2) and finished.stdout == ""
     assert list(tmp_path.iterdir()) == []
 
 
@@ -63,8 +66,11 @@ def test_prints_what_the_guide_prints(train, small_mnist, tmp_path):
     output = train("logs", "--batch-size", 2, "--lr", 1e-30, "--epochs", 1, cwd=tmp_path)
     run = tmp_path / "logs" / "run-1"
     table, (tested,) = rows(run / "train.csv"), rows(run / "test.csv")
-    flags = DEFAULTS | {"batch_size": 2, "epochs": 1, "lr": 1e-30, "cuda": False}
-    flags |= {"data_dir": str(small_mnist), "dataset": "mnist", "log_dir": "logs"}
+    flags = DEFAULTS | {"batch_size": 2, "epochs": 1, "lr": 1e-30, "data_dir": str(small_mnist)}
+    flags |= {"dataset": "mnist", "log_dir": "logs", "cuda": False}
+    processor = torch.cpu.get_capabilities()["cpu_name"]
+    counts = "threads: 1, processes: 1"
+    flags["machine"] = f"PyTorch {torch.__version__}, {processor}, {counts}"
     loss, accuracy = float(tested["loss"]), float(tested["accuracy"])
     *lines, last, end = output.split("\n")
     assert lines == [
@@ -95,18 +101,20 @@ def test_a_run_is_that_of_a_plain_loop(small_mnist, tmp_path, monkeypatch):
     monkeypatch.setattr(main, "LeNet", lambda dropout: lenet(dropout).double())
     monkeypatch.setattr(main, "normalise", lambda pixels: (pixels / 255 - 0.1307).double() / 0.3081)
     flags = "--epochs 3 --batch-size 200 --dropout 0 --momentum 0.8 --seed 6 --schedule cosine"
-    main.main([*flags.split(), "--data-dir", str(small_mnist), "--log-dir", str(tmp_path)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Conv2d, "forward", None)  # The faster blocks are the ones compared.
+        main.main([*flags.split(), "--data-dir", str(small_mnist), "--log-dir", str(tmp_path)])
 
     main.seed_everything(6)
     plain = plain_lenet().double()
     optimizer = optim.SGD(plain.parameters(), lr=0.1, momentum=0.8)
     schedule = optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
     _, train_set, test_set = main.load_dataset("mnist", small_mnist)
-    loader = main.Loader(*train_set, 200, seed=6)
+    loader = main.Loader(*train_set, 200, shuffle=True)
     images, digits = next(iter(main.Loader(*test_set, 300)))
     trained, tested = [], []
     for epoch in (1, 2, 3):
-        loader.epoch = epoch
+        main.seed_everything(6, epoch)
         plain.train()
         rate = optimizer.param_groups[0]["lr"]
         for batch, (data, target) in enumerate(loader):
@@ -127,17 +135,43 @@ def test_a_run_is_that_of_a_plain_loop(small_mnist, tmp_path, monkeypatch):
     torch.testing.assert_close(stored.state_dict(), plain.float().state_dict())
 
 
-def test_the_step_schedule():
-    """On two groups of parameters with rates of their own, and also when it is resumed."""
+SPY = """
+import os, runpy, sys
+def spy(event, details):
+    if event == "import" and details[0] == "torch":
+        print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+        os._exit(0)
+sys.addaudithook(spy)
+runpy.run_path(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("program", ["main.py", "gradients.py", "predict.py"])
+def test_threads_wait_only_for_a_short_time(program):
+    """PyTorch reads the variable when it is imported."""
+    environ = {name: os.environ[name] for name in os.environ if name != "GOMP_SPINCOUNT"}
+    command = [sys.executable, "-c", SPY, program]
+    assert subprocess.check_output(command, cwd=HOME, env=environ) == b"10000\n"
+
+
+def test_schedules():
+    """On two groups of parameters with rates of their own; and when a run is stretched."""
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.1, 0.02)]
-    optimizers = [optim.SGD(copy.deepcopy(groups)) for _ in range(2)]
-    schedule, resumed = (main.Schedule(optimizer, "step", 4) for optimizer in optimizers)
+    optimizer = optim.SGD(groups)
+    schedule = main.Schedule(optimizer, "step", 4)
     for factor in (1, 1, 0.1, 0.01):
-        resumed.load_state_dict(schedule.state_dict())
-        for optimizer in optimizers:
-            rates = [group["lr"] for group in optimizer.param_groups]
-            assert rates == pytest.approx([0.1 * factor, 0.02 * factor])
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == pytest.approx([0.1 * factor, 0.02 * factor])
         schedule.step()
+    for name, factor in (("constant", 1), ("step", 0.1), ("cosine", 0.5)):
+        stretched = copy.deepcopy(optimizer)
+        for group, lr in zip(stretched.param_groups, (0.1, 0.02), strict=True):
+            group["lr"] = lr
+        longer = main.Schedule(stretched, name, 8)
+        stretched.load_state_dict(optimizer.state_dict())
+        longer.load_state_dict(schedule.state_dict())
+        rates = [group["lr"] for group in stretched.param_groups]
+        assert rates == pytest.approx([0.1 * factor, 0.02 * factor]), name
 
 
 def test_without_the_c_library_of_linux(monkeypatch):
@@ -146,30 +180,32 @@ def test_without_the_c_library_of_linux(monkeypatch):
     main.select_device()
 
 
-@pytest.mark.parametrize("batch_size, step", [(50, 2), (600, 1)])
-def test_a_loss_that_is_not_finite(go, flags, tmp_path, batch_size, step):
+@pytest.mark.parametrize("batch_size, name", [(50, "train.csv"), (600, "test.csv")])
+def test_a_loss_that_is_not_finite(go, flags, tmp_path, batch_size, name):
     """In training, or only in the test after the last step of an epoch."""
     more = ("--lr", 1e38, "--momentum", 0, "--batch-size", batch_size)
     line = error_line(go("main.py", *flags, tmp_path, *more))
-    assert re.search(rf"loss (nan|inf) in step {step}, epoch 1: lower --lr", line), line
+    assert line == f"main.py: error: {name} has a loss that is not finite: lower --lr"
+    assert re.search("nan|inf", (tmp_path / "run-1" / name).read_text())
 
 
-def test_devices_are_not_mixed(tmp_path, monkeypatch):
+def test_devices_are_not_mixed(monkeypatch):
     """On a GPU that does not exist: its tensors have shapes and devices, but no values."""
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1.0)
     monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: np.ones(tensor.shape, np.int64))
     # The real one looks for the GPU.
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+    losses = []
+    record = SimpleNamespace(add=lambda name, loss, **values: losses.append(loss))
     with FakeTensorMode():
         digits = torch.zeros(600, 28, 28, dtype=torch.uint8), torch.zeros(600, dtype=torch.int64)
         with torch.device("cuda"):
             model, loss_function = main.LeNet(), nn.CrossEntropyLoss()
         main.make_faster(model)
         optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        record = main.Record(None, tmp_path, ExitStack())
-        loader = main.Loader(*digits, 300, "cuda", seed=1)
+        loader = main.Loader(*digits, 300, "cuda", shuffle=True)
         main.train(1, model, loss_function, optimizer, loader, record)
-        assert [row["loss"].device.type for row in record.rows["train.csv"]] == ["cuda"] * 2
+        assert [loss.device.type for loss in losses] == ["cuda"] * 2
         main.test(1, model, loss_function, main.Loader(*digits, 250, "cuda"))
 
 
@@ -178,15 +214,3 @@ def test_an_epoch_on_a_gpu_and_its_resumption(train, gpu, tmp_path):
     train(tmp_path / "stopped", "--epochs", 1, environ=gpu)
     assert checksum(train(tmp_path / "stopped", "--resume", environ=gpu)) == checksum(whole)
     assert "   cuda:  True" in whole
-
-
-def test_a_row_is_what_a_step_has_found(tmp_path):
-    record = main.Record(None, tmp_path, ExitStack())
-    record.folder = tmp_path
-    weights = nn.Parameter(torch.ones(3))
-    record.add("train.csv", step=7, epoch=2, weight=weights[0], loss=math.inf)
-    assert not record.rows["train.csv"][0]["weight"].requires_grad  # It would keep the graph.
-    weights.data.zero_()
-    with pytest.raises(SystemExit, match="loss inf in step 7, epoch 2: lower --lr"):
-        record.write("train.csv")
-    assert (tmp_path / "train.csv").read_text() == "step,epoch,weight,loss\n7,2,1,inf\n"
