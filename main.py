@@ -3,7 +3,7 @@
     python main.py                        # ten epochs: 99.3% of test digits right (5 seeds' mean)
     python main.py --epochs 3 --lr 0.05   # all flags: python main.py --help
     python main.py --resume               # continue the newest run where it stopped
-    torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node=2 main.py    # on two GPUs
+    torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node=2 main.py   # 2 GPUs (part 4)
 
 The guide is https://github.com/cfinlay/PyTorch-HelloWorld. Part 1 is its whole program, in its
 order and with its names; comments say where ours differs. "Slip 5" is number 5 of the guide's
@@ -31,15 +31,17 @@ import time
 from pathlib import Path
 
 # On Linux, PyTorch's threads wait for one another in a loop. If other programs keep the CPU busy,
-# that makes a run several times slower. So they loop only 10,000 times before they sleep, which
-# costs 1% on an idle CPU (1,000 times: 5%). PyTorch reads this when it is imported.
+# that makes a run several times slower. So they loop only 10,000 times, and then sleep, which costs
+# 1% on an idle CPU (1,000 times: 5%). PyTorch reads this when it is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import filelock
 import numpy as np
 import torch
 
-gc.freeze()  # Otherwise Python takes half a second at exit to search all of this for garbage.
+# At exit, Python searches what is not frozen for garbage, PyTorch for half a second. It must search
+# what the next imports load, which would report leaks otherwise.
+gc.freeze()
 
 import torchnet as tnt
 from torch import distributed, nn, optim
@@ -48,10 +50,10 @@ from torchvision.datasets.utils import extract_archive
 from tqdm import tqdm
 
 INTERVAL = 100  # batches between printed training losses, as in the guide
-# What --dataset accepts, besides mnist-5k, and the classes in torchvision.datasets.
+# What --dataset accepts, besides mnist-5k, and the names of classes in torchvision.datasets.
 DATASETS = {"auto": "MNIST", "mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 # How many processes torchrun has started, and which of them this is (part 4). With one process, the
-# usual case, in_first_process(f, x) is just f(x), and average_gradients changes nothing.
+# usual case, in_first_process(f, x) is just f(x), and average_gradients(...) changes nothing.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -59,22 +61,22 @@ RANK = int(os.environ.get("RANK", "0"))
 # 1. The guide's program --------------------------------------------------------------------------
 #
 # In the guide, the flags, loaders, model and optimizer are global variables. Here `run` creates
-# them, so that gradients.py (exercise 4) and predict.py can use the other functions. It comes last.
+# them, so that gradients.py (exercise 4) and predict.py can use the other functions. `run` is last.
 # On a first reading, skip `load_dataset` and `load_mnist_5k`.
 
 
 def parse_arguments(argv=None):
     """Returns the flags. One that is not given comes from the run to resume, or is the default."""
     parser = argparse.ArgumentParser("main.py", description="PyTorch MNIST Example")
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter  # --help shows the defaults.
     flag = parser.add_argument
     flag("--batch-size", type=int, default=128, metavar="N", help="images per step, all processes")
     flag("--epochs", type=int, default=10, metavar="N", help="number of epochs to train")
     flag("--lr", type=float, default=0.1, metavar="LR", help="learning rate")
     flag("--dropout", type=float, default=0.25, metavar="P", help="dropout probability")
     flag("--momentum", type=float, default=0.9, metavar="M", help="heavy ball momentum")
-    path = os.path.expanduser  # ~ is your home folder. The guide's run.sh says --data.
-    flag("--data-dir", "--data", type=path, default="./data", metavar="DIR", help="of MNIST/raw/")
+    path = os.path.expanduser  # replaces ~ by the home folder. (The guide's run.sh says --data.)
+    flag("--data-dir", "--data", type=path, default="./data", metavar="DIR", help="has MNIST/raw/")
     names = [*DATASETS, "mnist-5k"]
     flag("--dataset", choices=names, default="auto", help="auto: mnist, or mnist-5k if offline")
     rules = ["constant", "step", "cosine"]
@@ -83,7 +85,7 @@ def parse_arguments(argv=None):
     flag("--log-dir", type=path, default="./logs", metavar="DIR", help="for the runs: run-1, ...")
     flag("--resume", nargs="?", const="newest", metavar="RUN", help="continue RUN, or the newest")
     args = parser.parse_args(argv)
-    if args.resume is not None:
+    if args.resume is not None:  # It is RUN or, without a RUN, "newest".
         args = parse_again(parser, argv, args)  # with the run's flags as defaults (part 3)
     for name, is_valid, valid_range in (
         ("--batch-size", args.batch_size >= 2 * WORLD_SIZE, "2 or more for each process"),
@@ -107,19 +109,20 @@ def load_dataset(name, data_dir):
     """
     if name == "mnist-5k":
         return load_mnist_5k()
-    dataset_class = getattr(datasets, DATASETS[name])
+    dataset_class = getattr(datasets, DATASETS[name])  # such as datasets.MNIST
     raw = Path(data_dir, dataset_class.__name__, "raw")
     is_empty = not any(raw.glob("*"))
     socket.setdefaulttimeout(30)  # seconds; torchvision would wait forever
     try:
-        for packed in raw.glob("*.gz"):  # torchvision only extracts what it has downloaded.
+        for packed in raw.glob("*.gz"):  # torchvision itself only extracts what it downloads.
             if not packed.with_suffix("").exists():
                 extract_archive(packed, raw)
-        # The guide never downloads (slip 4). Where files are, torchvision could overwrite them.
+        # The guide never downloads (slip 4). We only do if the folder is empty: torchvision could
+        # overwrite files of your own.
         train = dataset_class(data_dir, train=True, download=is_empty)
         test = dataset_class(data_dir, train=False)
     except (AttributeError, NameError, TypeError):
-        raise  # It is a mistake in the program, which the traceback shows.
+        raise  # These are mistakes in a program: the traceback shows where.
     except Exception as error:  # Broken files and networks can raise almost any other error.
         if name == "auto" and is_empty:
             print(f"main.py: warning: TRAINING ON MNIST-5K INSTEAD: {error!r}", file=sys.stderr)
@@ -136,7 +139,8 @@ def load_mnist_5k():
 
     pixels, labels = map(torch.tensor, mnist_data())
     pixels = pixels.byte().view(-1, 28, 28)
-    # They come sorted by digit, so they are shuffled. Every fifth of each digit is for testing.
+    # They come sorted by digit. Every fifth is for testing, so a fifth of each digit. `order` has
+    # the places of all, shuffled, so that any part has all digits. It is the same for each --seed.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train = order[order % 5 != 4]
     test = order[order % 5 == 4]
@@ -147,8 +151,8 @@ def normalise(pixels):
     """Normalises pixels, uint8 or floats from 0 to 1, like the guide's ToTensor and Normalize."""
     if pixels.dtype == torch.uint8:
         pixels = pixels / 255
-    # Some transforms of floats, such as GaussianBlur, round to slightly more than 1.
     elif not pixels.is_floating_point() or pixels.min() < -0.1 or pixels.max() > 1.1:
+        # (0.1 more is allowed, since GaussianBlur, for example, may round to more than 1.)
         raise ValueError("pixels must be uint8, or floats from 0 to 1: leave out Normalize")
     return (pixels.float() - 0.1307) / 0.3081  # mean and standard deviation of MNIST
 
@@ -159,16 +163,16 @@ class Loader:
     data is float32 n x 1 x 28 x 28, normalised; target is int64 n. The guide's DataLoader prepares
     images one by one, which takes a third of each step on a CPU. Here all pixels are on the device,
     and a batch is a selection of them. `shuffle` is for training: each epoch has a new order, and
-    each process gets its share of every batch. `transform` is applied to each image separately, as
-    torchvision's transforms expect. It takes uint8 1 x 28 x 28, and returns the same or floats
-    from 0 to 1: so it needs no ToTensor, and must not normalise.
+    each process gets its share of every batch.
+
+    `transform` is applied to each image separately, as torchvision's transforms expect. It takes
+    uint8 1 x 28 x 28, and returns uint8 or floats from 0 to 1, so it must not normalise them.
     """
 
     def __init__(self, pixels, labels, batch_size, device="cpu", shuffle=False, transform=None):
         if pixels.dtype != torch.uint8 or len(pixels) != len(labels):
-            found = f"{len(pixels)} images of {pixels.dtype}, and {len(labels)} labels"
-            raise ValueError(f"pixels must be uint8, with a label for each image, not {found}")
-        if "ToTensor" in str(transform) or "Normalize" in str(transform):
+            raise ValueError("pixels must be uint8, and there must be a label for each image")
+        if "ToTensor" in str(transform) or "Normalize" in str(transform):  # in its printed form
             raise ValueError("leave out ToTensor and Normalize: see the docstring of Loader")
         self.pixels = pixels.to(device)
         self.labels = labels.to(device)
@@ -178,20 +182,20 @@ class Loader:
 
     def __len__(self):
         batches, rest = divmod(len(self.pixels), self.batch_size)
-        # Batch norm cannot train on a single image. If the last batch has fewer than two for each
-        # process, it is left out (slip 8).
+        # Batch norm cannot train on a single image: a last batch that has fewer than two for each
+        # process is left out (slip 8).
         smallest = 2 * WORLD_SIZE if self.shuffle else 1
         return batches + 1 if rest >= smallest else batches
 
     def __iter__(self):
         order = np.arange(len(self.pixels))
         if self.shuffle:
-            np.random.shuffle(order)  # not torch's: `run` seeds numpy's alike in all processes
+            np.random.shuffle(order)  # numpy's generator is the one that all processes seed alike
         order = torch.from_numpy(order).to(self.pixels.device)
         for indices in order.split(self.batch_size)[: len(self)]:
             if self.shuffle:
-                indices = indices[RANK::WORLD_SIZE]  # the share of this process
-            data = self.pixels.index_select(0, indices).unsqueeze(1)  # faster than [indices]
+                indices = indices[RANK::WORLD_SIZE]  # of two processes, each takes every other one
+            data = self.pixels.index_select(0, indices).unsqueeze(1)  # pixels[indices], but faster
             if self.transform is not None:
                 data = torch.stack([self.transform(image) for image in data])
             yield normalise(data), self.labels.index_select(0, indices)
@@ -205,7 +209,7 @@ class View(nn.Module):
         self.o = o
 
     def forward(self, x):
-        # The guide uses `view`, which fails on the memory layout of the faster layers (part 2).
+        # The guide's `view` fails on what part 2 returns: its values have another order in memory.
         return x.reshape(-1, self.o)
 
 
@@ -256,7 +260,7 @@ class Schedule:
         self.name = name
         self.epochs = epochs
         self.epochs_done = 0
-        # An optimizer keeps its rate in groups of parameters. The guide's has one group.
+        # An optimizer has a list of groups of parameters, each with its rate. The guide's has one.
         self.initial_lrs = [group["lr"] for group in optimizer.param_groups]
 
     def step(self):
@@ -280,14 +284,14 @@ class Schedule:
 
     def load_state_dict(self, state):
         self.epochs_done = state["epochs_done"]
-        if not self.name == state["name"] == "constant":
+        if self.name != "constant" or state["name"] != "constant":
             self.set_lrs()  # --lr, --epochs or --schedule may have changed.
 
 
 def train(epoch, model, loss_function, optimizer, train_loader, record):
     """Trains one epoch. Adds a row to train.csv for each batch (exercise 1)."""
-    is_hidden = True if RANK > 0 else None  # None: the bar is shown only on a terminal.
-    bar = tqdm(train_loader, f"Epoch {epoch}", leave=False, disable=is_hidden)
+    is_hidden = True if RANK > 0 else None  # None: it is shown, but only on a terminal.
+    bar = tqdm(train_loader, f"Epoch {epoch}", leave=False, disable=is_hidden)  # a progress bar
     for batch_ix, (data, target) in enumerate(bar):
         # Dropout is on, and batch norm uses the statistics of the batch. (The guide says the
         # opposite: slip 5.) It is in the loop in case you add a test(), which turns them off.
@@ -302,7 +306,7 @@ def train(epoch, model, loss_function, optimizer, train_loader, record):
         step = (epoch - 1) * len(train_loader) + batch_ix + 1
         # For another column, add a number or a one-element tensor here.
         record.add("train.csv", step=step, epoch=epoch, batch=batch_ix, lr=lr, loss=loss)
-        # Reading a loss makes Python wait for the GPU. So they are read every INTERVAL batches.
+        # A GPU lags behind Python, and reading a loss waits for it. So it is done rarely.
         if batch_ix % INTERVAL == 0 and batch_ix > 0:
             record.write("train.csv")  # exits if a loss is not finite
             bar.write(f"[Epoch {epoch:2}, batch {batch_ix:3}] training loss: {loss.item():.4f}")
@@ -317,8 +321,8 @@ def test(epoch, model, loss_function, test_loader):
     for data, target in test_loader:
         output = model(data)
         loss = loss_function(output, target)
-        top1.add(output.float(), target)  # numpy, which it uses, has no bfloat16
-        test_loss.add(loss.item() * len(data), len(data))  # the sum, not the mean (slip 7)
+        top1.add(output.float(), target)  # float, in case that you train in bfloat16
+        test_loss.add(loss.item() * len(data), len(data))  # their sum and number (slip 7)
     mean_loss, accuracy = test_loss.value()[0], top1.value()[0]
     # The guide reads the epoch from a global variable (slip 4).
     print(f"[Epoch {epoch:2}] Average test loss: {mean_loss:.3f}, accuracy: {accuracy:.2f}%\n")
@@ -350,13 +354,13 @@ def run(args, device):
     schedule = Schedule(optimizer, args.schedule, args.epochs)
     make_faster(model)  # Delete this line to train without part 2.
 
-    # What is saved after each epoch, and restored when the run is resumed. Add anything else that
-    # has a state_dict() of tensors and plain values, such as a moving average of the model.
+    # What is saved after each epoch, and restored, in this order, when the run is resumed. Add
+    # anything else that has a state_dict() of tensors and plain values, such as a model's average.
     states = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    record = Record(args, states)
+    record = Record(args, states)  # It restores them.
     for epoch in range(record.epochs_done + 1, args.epochs + 1):
-        seed_everything(args.seed, epoch)  # A resumed run draws the same random numbers,
-        optimizer.zero_grad()  # and has no gradients left over, should you accumulate them.
+        seed_everything(args.seed, epoch)  # so that a resumed run draws the same random numbers
+        optimizer.zero_grad()  # If you accumulate gradients, a resumed run has none left over.
         train(epoch, model, loss_function, optimizer, train_loader, record)
         test_loss, accuracy = in_first_process(test, epoch, model, loss_function, test_loader)
         lr = optimizer.param_groups[0]["lr"]
@@ -372,14 +376,13 @@ def run(args, device):
 # 2. The same, but faster -------------------------------------------------------------------------
 #
 # You can change the model freely: at every call, these layers check whether their short cut is
-# still valid, and otherwise do what PyTorch does. The gains were measured on two cores of an AMD
-# EPYC.
+# valid, and otherwise do what PyTorch does. The gains were measured on two cores of an AMD EPYC.
 
 
 def make_faster(model):
     """Turns the guide's convbn blocks and dropouts, anywhere in a model, into faster ones."""
-    for layer in model.modules():
-        # A new class changes the `forward` of a layer, and leaves its parameters as they are.
+    for layer in reversed([*model.modules()]):  # inner layers first
+        # It stays the same object, with its parameters. Its new class has another `forward`.
         if type(layer) is nn.Dropout:
             layer.__class__ = DropoutFromBits
         if type(layer) is nn.Sequential and is_guides_convbn(layer):
@@ -388,13 +391,12 @@ def make_faster(model):
 
 def is_guides_convbn(block):
     """Returns whether a block has the guide's layers, with settings that FasterConvBN knows."""
-    layers = list(block)
-    types = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
-    if [type(layer) for layer in layers[:-1]] != types or not isinstance(layers[-1], nn.Dropout):
-        return False  # (The dropout may have become a DropoutFromBits.)
-    convolution, norm, _, _, dropout = layers
+    types = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, DropoutFromBits]
+    if [type(layer) for layer in block] != types:
+        return False
+    convolution, norm, _, _, dropout = block
     parameters = [*convolution.parameters(), *norm.parameters()]
-    # What can be attached to a layer: hooks, and another `forward`.
+    # Where a layer keeps what you attach to it: another `forward`, or hooks (functions to call).
     attachments = ["forward", "_forward_hooks", "_forward_pre_hooks"]
     attachments += ["_backward_hooks", "_backward_pre_hooks"]
     return (
@@ -403,16 +405,16 @@ def is_guides_convbn(block):
         and norm.track_running_stats
         and norm.momentum is not None
         and not dropout.inplace
-        and not any(vars(layer).get(name) for layer in layers for name in attachments)
+        and not any(vars(layer).get(name) for layer in block for name in attachments)
     )
 
 
 class FasterConvBN(nn.Sequential):
     """The guide's convbn on a CPU: a step without it takes 1.4 times as long.
 
-    Scaling by a positive number, shifting and ReLU do not change which value is the largest. So
-    pooling can come first, which leaves a ninth or a quarter of the values to scale and shift. And
-    the convolution can do without its bias, because batch norm subtracts the mean.
+    If a > 0, max(a * x + b) is a * max(x) + b, and ReLU keeps the order of values. So pooling can
+    come first, which leaves a ninth or a quarter of the values to scale and shift. And the
+    convolution can do without its bias, because batch norm subtracts the mean.
     """
 
     def forward(self, x):
@@ -420,28 +422,29 @@ class FasterConvBN(nn.Sequential):
             x.device.type == "cpu"
             and x.dim() == 4
             and len(x) > 1
+            # Some features of PyTorch have to see the layers themselves.
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")
             and not nn.modules.module._has_any_global_hook()
             and is_guides_convbn(self)
-            and (self[1].weight > 0).all()
+            and (self[1].weight > 0).all()  # the a of above
         )
         if not is_supported:
             return super().forward(x)
         convolution, norm, relu, pool, dropout = self
-        # Convolution is faster if the channels of a pixel are adjacent in memory.
+        # Convolution is faster if weights and results have all channels of a pixel side by side.
         weight = convolution.weight.to(memory_format=torch.channels_last)
         x = convolution._conv_forward(x, weight, bias=None)
-        # x lacks the bias now, which the running mean includes.
         if norm.training:
             mean, variance = ChannelMoments.apply(x)
             n = x.numel() / len(mean)
-            with torch.no_grad():
-                # As in PyTorch, the running variance is the unbiased one: divided by n - 1.
+            with torch.no_grad():  # lerp_ is: old + momentum * (new - old)
+                # x lacks the bias, which PyTorch's running mean includes.
                 norm.running_mean.lerp_(mean + convolution.bias, norm.momentum)
+                # The running variance is that of n - 1 degrees of freedom.
                 norm.running_var.lerp_(variance * (n / (n - 1)), norm.momentum)
                 norm.num_batches_tracked += 1
-            # So the bias has a gradient, of 0. Without one, an optimizer would skip its decay.
+            # It adds 0, which gives the bias a gradient, 0: weight decay skips what has none.
             mean = mean + 0 * convolution.bias
         else:
             mean, variance = norm.running_mean - convolution.bias, norm.running_var
@@ -455,19 +458,18 @@ class ChannelMoments(torch.autograd.Function):
     """Takes N x C x H x W. Returns the mean and the variance [4] of each channel's n values.
 
     They are x.mean((0, 2, 3)) and x.var((0, 2, 3), correction=0), but faster. A Function has its
-    own derivative: `backward` gets those of the loss in mean and variance, and returns that in x.
-    By d mean / dx = 1 / n and d variance / dx = 2 (x - mean) / n it is slope * x + offset: one pass
-    over x. Autograd would make six, and cancel the gain.
+    own derivative: `backward` takes the gradients of the loss in mean and variance, and returns
+    that in x. d mean / dx is 1 / n, and d variance / dx is 2 (x - mean) / n (through the mean, it
+    is 0 in sum). Times the gradients, their sum is slope * x + offset: a single pass over x.
     """
 
     @staticmethod
     def forward(ctx, x):
         channels = x.shape[1]
-        # A row has all channels of one pixel after another, of 16 pixels if possible: long rows are
-        # summed faster. So there are two means: over the rows, and then over the pixels of a row.
+        # Long rows are summed faster: a row has all channels of 16 pixels, if possible.
         pixels = 16 if x.numel() % (16 * channels) == 0 else 1
-        rows = x.permute(0, 2, 3, 1).reshape(-1, pixels * channels)
-        mean = rows.mean(0).view(pixels, channels).mean(0)
+        rows = x.permute(0, 2, 3, 1).reshape(-1, pixels * channels)  # N * H * W / 16 x 16 * C
+        mean = rows.mean(0).view(pixels, channels).mean(0)  # 16 * C, then 16 x C, then C
         squares = (rows - mean.repeat(pixels)).square_()
         variance = squares.mean(0).view(pixels, channels).mean(0)
         ctx.save_for_backward(x, mean)
@@ -494,13 +496,12 @@ class DropoutFromBits(nn.Dropout):
         is_supported = 0 < dropped < levels and x.device.type == "cpu" and not self.inplace
         if not self.training or not is_supported or torch.compiler.is_compiling():
             return super().forward(x)
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64)  # for four numbers each
-        bits.random_(-(2**63), None)  # all 64 bits
-        numbers = bits.view(torch.int16)[: x.numel()]  # from -levels // 2 to levels // 2 - 1
-        kept = numbers >= dropped - levels // 2
-        mask = kept.to(x.dtype) * (levels / (levels - dropped))
-        # Multiplying is fastest if both have the same order in memory. The mask is random, so it
-        # can simply be read in the order of x.
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+        numbers = bits.view(torch.int16)[: x.numel()]  # the same bits as four numbers each
+        kept = numbers >= dropped - levels // 2  # The lowest int16 is -levels // 2.
+        mask = kept.to(x.dtype) * (levels / (levels - dropped))  # 0 or 1 / (1 - p)
+        # Multiplying is fastest if the mask has the order of x in memory, which its strides tell.
+        # Its values are random, so they may be taken in any order.
         return x * mask.as_strided(x.shape, torch.empty_like(x).stride())
 
 
@@ -517,8 +518,8 @@ class Record:
     checkpoint.pt          everything needed to continue after the last finished epoch
 
     Only the first process writes them. The checkpoint also holds the tables, as text, and a resumed
-    run rewrites them. A new run saves a checkpoint and restores it at once, so that whatever cannot
-    be restored shows now, not when the run is resumed.
+    run rewrites them. A new run saves a checkpoint and restores it at once: so whatever cannot be
+    restored shows now, and all processes start with the same network.
     """
 
     def __init__(self, args, states):
@@ -526,16 +527,17 @@ class Record:
         self.folder = args.resume or in_first_process(make_run_folder, args.log_dir)
         self.tables = {"train.csv": "", "test.csv": ""}  # as text; add a new table here
         self.new_rows = {name: [] for name in self.tables}  # not yet part of the text
-        # The optimizer's settings, as the program and its flags give them now.
+        # What `restore` compares: the settings of optimizers, as program and flags give them now.
         self.given = {name: states[name].state_dict().get("param_groups", []) for name in states}
         if RANK == 0:
-            # A singleton, since an interrupted run in a notebook still holds its lock.
+            # While this object exists, no other program can resume the run. (A singleton: in a
+            # notebook, an interrupted run still has its lock, and may take it again.)
             self.lock = filelock.FileLock(self.folder / ".lock", is_singleton=True)
             try:
                 self.lock.acquire(blocking=False)
             except filelock.Timeout:
                 sys.exit(f"main.py: error: {self.folder} is locked: its run is still going on")
-            flags = json.dumps(vars(args), indent=2, default=str)
+            flags = json.dumps(vars(args), indent=2, default=str)  # str: for the Path in resume
             write_whole(self.folder / "settings.json", flags.encode())
         if not args.resume:
             self.save(0, states)
@@ -553,18 +555,20 @@ class Record:
     def restore(self, states):
         """Restores the states from the checkpoint.
 
-        The settings of an optimizer come from it, too, as a schedule may have changed them, except
-        those that you have changed since: after --resume --lr 0.05, lr is 0.05.
+        An optimizer's settings, such as lr, come from it, too, since they may have changed during
+        the run. Only those that the program or its flags give otherwise than before are new: after
+        --resume --lr 0.05, lr is 0.05.
         """
         checkpoint = in_first_process(read_checkpoint, self.folder / "checkpoint.pt")
         self.epochs_done = checkpoint["epoch"]
         self.tables |= checkpoint["tables"]
         for name, state in states.items():
             state.load_state_dict(checkpoint["states"][name])
-            groups = getattr(state, "param_groups", [])  # Only optimizers have any.
-            before, now = checkpoint["given"][name], self.given[name]
-            for group, old, new in zip(groups, before, now, strict=False):
-                group.update({key: new[key] for key in new if new[key] != old.get(key)})
+            for number, now in enumerate(self.given[name]):
+                before = checkpoint["given"][name][number]
+                for key in now:
+                    if now[key] != before.get(key):
+                        state.param_groups[number][key] = now[key]
 
     def save(self, epoch, states):
         """Saves the model's parameters, then everything needed to continue after this epoch."""
@@ -588,7 +592,7 @@ class Record:
     def add(self, name, **values):
         """Adds a row to a table, to be written later: numbers or one-element tensors."""
         header = ",".join(values) + "\n"  # their names
-        self.tables[name] = self.tables[name] or header
+        self.tables[name] = self.tables[name] or header  # It is the first line of a new table.
         if not self.tables[name].startswith(header):
             raise ValueError(f"{name} has columns other than {list(values)}")
         for column, value in values.items():
@@ -603,8 +607,8 @@ class Record:
         for row in rows:  # Nine significant digits tell any two float32 numbers apart.
             self.tables[name] += ",".join(f"{value:.9g}" for value in row.values()) + "\n"
         if RANK == 0:
-            with open(self.folder / name, "ab") as table:
-                table.write(self.tables[name].encode()[table.tell() :])  # what is not there yet
+            with open(self.folder / name, "ab") as table:  # tell() is the size of the file.
+                table.write(self.tables[name].encode()[table.tell() :])  # what it lacks
         if not all(math.isfinite(row.get("loss", 0)) for row in rows):
             sys.exit(f"main.py: error: {name} has a loss that is not finite: lower --lr")
 
@@ -626,6 +630,7 @@ class Record:
 def read_checkpoint(path):
     """Reads a checkpoint. Exits with a message if it is damaged."""
     try:
+        # weights_only: no code is run that somebody may have put into the file.
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Damaged files can raise almost any error.
         reason = f"it is damaged, or holds more than tensors and plain values ({error!r})"
@@ -638,8 +643,8 @@ def write_whole(path, content):
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+        os.fsync(file.fileno())  # It is on the disk now,
+    temporary.replace(path)  # and takes its place in one step.
 
 
 def make_run_folder(log_dir):
@@ -669,7 +674,7 @@ def parse_again(parser, argv, args):
             parser.set_defaults(**json.loads((folder / "settings.json").read_text()))
         except OSError as error:
             parser.error(f"argument --resume: {error}")
-        args = parser.parse_args(argv)
+        args = parser.parse_args(argv)  # What is given there still wins.
     args.resume = folder
     return args
 
@@ -694,13 +699,13 @@ def average_gradients(optimizer):
         for parameter in group["params"]:
             if WORLD_SIZE > 1 and parameter.grad is not None:
                 parameter.grad = parameter.grad / WORLD_SIZE
-                distributed.all_reduce(parameter.grad)  # the sum of all of these
+                distributed.all_reduce(parameter.grad)  # replaces it by the sum over all processes
 
 
 def seed_everything(*seeds):
     """Seeds torch's generator differently in each process, numpy's and Python's alike in all."""
-    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
-    torch.manual_seed(seed + RANK)
+    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])  # mixes them to one number
+    torch.manual_seed(seed + RANK)  # so that dropout differs
     np.random.seed(seed)
     random.seed(seed)
 
@@ -714,7 +719,7 @@ def select_device():
     torch.backends.cuda.matmul.allow_tf32 = False
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # RANK, on this machine
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -724,9 +729,9 @@ def keep_freed_memory():
     Otherwise it returns it to the system, and requests it again: a step takes a fifth longer.
     """
     if sys.platform == "linux":
-        glibc = ctypes.CDLL(None)
-        glibc.mallopt(-1, 2**28)  # M_TRIM_THRESHOLD: 256 MB, more than a step frees at its end
-        glibc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: 32 MB, the most that older releases accept
+        set_option = ctypes.CDLL(None).mallopt  # a function of that library
+        set_option(-1, 2**28)  # M_TRIM_THRESHOLD: 256 MB, more than a step frees at its end
+        set_option(-3, 2**25)  # M_MMAP_THRESHOLD: 32 MB, the most that older releases accept
 
 
 def describe_machine():
@@ -743,7 +748,7 @@ def main(argv=None):
     and with 1 and a message after any other expected error."""
     device = select_device()
     if WORLD_SIZE > 1 and not distributed.is_initialized():
-        # gloo sends what is on CPUs, nccl what is on GPUs.
+        # gloo sends what is on CPUs (also for in_first_process), nccl what is on GPUs.
         distributed.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     try:
         run(in_first_process(parse_arguments, argv), device)

@@ -5,7 +5,7 @@
     python tests/benchmark.py --accuracy    # after ten epochs, over seeds and schedules
 
 They need MNIST in ./data, or in --data-dir, and a machine that has nothing else to do. They print
-tables for the README. All programs run on the CPU.
+the tables of README.md and docs/results.md. All programs run on the CPU.
 
 In a round, each program trains LeNet for two epochs in a process of its own. (With --busy, for one:
 threads that wait for one another would take many minutes.) The time of a step is the mean over the
@@ -16,7 +16,6 @@ import argparse
 import csv
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,31 +33,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main
 
-
-def moments_by_autograd(x):
-    """What ChannelMoments computes, in operations of PyTorch's."""
-    mean = x.mean((0, 2, 3))
-    return mean, (x - mean[:, None, None]).square().mean((0, 2, 3))
-
-
 GUIDE = "the guide's loop"  # in today's PyTorch
 RIVAL = "the rival"  # the same on tensors: images are normalised once, and then indexed
 CHANNELS_LAST = "the rival in channels_last"  # the order in memory that CPUs convolve fastest
 MAIN = "main.py"
-# Without a measure of its part 2, main.py has PyTorch's own way instead.
+# Without one of its faster layers, main.py has PyTorch's own.
 WITHOUT = {
     "main.py without faster dropout": (main.DropoutFromBits, "forward", nn.Dropout.forward),
     "main.py without faster blocks": (main, "is_guides_convbn", lambda block: False),
-    "main.py without ChannelMoments": (main.ChannelMoments, "apply", moments_by_autograd),
 }
 
-marks = []  # the times at which each epoch began, and at which its test began
+marks = []  # the times at which each epoch began, and at which it ended
 
 
 def guides_loaders(data_dir):
     """The guide's train_loader and test_loader."""
-    steps = [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
-    transform = transforms.Compose(steps)
+    transform = [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
+    transform = transforms.Compose(transform)
     train = datasets.MNIST(data_dir, train=True, transform=transform)
     test = datasets.MNIST(data_dir, train=False, transform=transform)
     return DataLoader(train, 128, shuffle=True), DataLoader(test, 1000, shuffle=True)
@@ -79,31 +70,27 @@ class TensorLoader:
 
 def tensor_loaders(data_dir):
     """The rival's train_loader and test_loader."""
-    _, training_set, test_set = main.load_dataset("mnist", data_dir)
-    return TensorLoader(*training_set, 128), TensorLoader(*test_set, 1000)
+    _, train_set, test_set = main.load_dataset("mnist", data_dir)
+    return TensorLoader(*train_set, 128), TensorLoader(*test_set, 1000)
 
 
 def train_as_the_guide(program, data_dir, epochs, seed):
     """The guide's program, with its own loaders or the rival's; returns the accuracy."""
     torch.manual_seed(seed)
-    loaders = guides_loaders if program == GUIDE else tensor_loaders
-    train_loader, test_loader = loaders(data_dir)
+    train_loader, test_loader = (guides_loaders if program == GUIDE else tensor_loaders)(data_dir)
     model = main.LeNet()
     if program == CHANNELS_LAST:
         model.to(memory_format=torch.channels_last)
     loss_function = nn.CrossEntropyLoss()
     optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for epoch in range(1, epochs + 1):
+    for _ in range(epochs):
         marks.append(time.monotonic())
         model.train()
-        for batch_ix, (data, target) in enumerate(train_loader):
+        for data, target in train_loader:
             optimizer.zero_grad()
-            output = model(data)
-            loss = loss_function(output, target)
+            loss = loss_function(model(data), target)
             loss.backward()
             optimizer.step()
-            if batch_ix % 100 == 0 and batch_ix > 0:
-                print(f"[Epoch {epoch:2}, batch {batch_ix:3}] training loss: {loss.item():.4f}")
         marks.append(time.monotonic())
         accuracy = test_as_the_guide(model, loss_function, test_loader)
     return accuracy
@@ -117,9 +104,8 @@ def test_as_the_guide(model, loss_function, test_loader):
     top1 = tnt.meter.ClassErrorMeter(accuracy=True)
     for data, target in test_loader:
         output = model(data)
-        loss = loss_function(output, target)
         top1.add(output, target)
-        test_loss.add(loss.item())
+        test_loss.add(loss_function(output, target).item())
     return top1.value()[0]
 
 
@@ -128,15 +114,14 @@ def train_main(program, data_dir, epochs, seed, schedule="constant"):
     if program in WITHOUT:
         setattr(*WITHOUT[program])
 
-    def timed(function):
-        def timed_function(*arguments):
-            marks.append(time.monotonic())
-            return function(*arguments)
+    train = main.train
 
-        return timed_function
+    def timed_train(*arguments):
+        marks.append(time.monotonic())
+        train(*arguments)
+        marks.append(time.monotonic())
 
-    main.train = timed(main.train)
-    main.test = timed(main.test)
+    main.train = timed_train
     flags = ["--data-dir", data_dir, "--dataset", "mnist", "--epochs", str(epochs)]
     main.main([*flags, "--seed", str(seed), "--schedule", schedule])
     with open("logs/run-1/test.csv", newline="") as file:
@@ -144,12 +129,11 @@ def train_main(program, data_dir, epochs, seed, schedule="constant"):
 
 
 def run_program(program, *details):
-    """Prints the times, in seconds, of a step and a test in the last epoch, and the accuracy."""
+    """Prints the time, in seconds, of a step in the last epoch, and the accuracy."""
     train = train_main if program.startswith(MAIN) else train_as_the_guide
     accuracy = train(program, *details)
-    start, tested = marks[-2:]
-    step = (tested - start) / 469  # steps an epoch
-    print(json.dumps({"step": step, "test": time.monotonic() - tested, "accuracy": accuracy}))
+    step = (marks[-1] - marks[-2]) / 469  # steps an epoch
+    print(json.dumps({"step": step, "accuracy": accuracy}))
 
 
 def in_a_process(*details):
@@ -160,20 +144,15 @@ def in_a_process(*details):
     command = [sys.executable, __file__, "--call", json.dumps(details)]
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
-        finished = subprocess.run(
-            command, check=False, cwd=folder, env=environment, capture_output=True, text=True
-        )
-        seconds = time.monotonic() - started
-    if finished.returncode != 0:
-        sys.exit(f"{finished.stderr}benchmark.py: error: {details} failed")
-    return json.loads(finished.stdout.splitlines()[-1]) | {"process": seconds}
+        output = subprocess.check_output(command, cwd=folder, env=environment, text=True)
+        return json.loads(output.splitlines()[-1]) | {"process": time.monotonic() - started}
 
 
 def compare_speed(args):
     """Prints the table of all programs, perhaps beside others that keep the CPU busy."""
-    programs, epochs, length = [GUIDE, RIVAL, CHANNELS_LAST, MAIN, *WITHOUT], 2, "2 epochs"
+    programs, epochs = [GUIDE, RIVAL, CHANNELS_LAST, MAIN, *WITHOUT], 2
     if args.busy:
-        programs, epochs, length = [RIVAL, MAIN], 1, "1 epoch"
+        programs, epochs = [RIVAL, MAIN], 1
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.busy)]
     rounds = []
     try:
@@ -186,15 +165,13 @@ def compare_speed(args):
             process.kill()
     rivals = [name for name in (GUIDE, RIVAL) if name in programs]
     ratios = [f"of {name}" for name in rivals]
-    print_row("program", "ms a step", *ratios, "test, s", f"process of {length}, s")
-    print_row(*["---"] * (4 + len(rivals)))
+    print_row("program", "ms a step", *ratios, f"process of {epochs} epochs, s")
+    print_row(*["---"] * (3 + len(rivals)))
     for name in programs:
-        step, test, process = (
-            statistics.median(result[name][key] for result in rounds)
-            for key in ("step", "test", "process")
-        )
+        step = 1000 * statistics.median(result[name]["step"] for result in rounds)
+        process = statistics.median(result[name]["process"] for result in rounds)
         ratios = [ratio_of_steps(rounds, name, other) for other in rivals]
-        print_row(name, f"{1000 * step:.1f}", *ratios, f"{test:.2f}", f"{process:.1f}")
+        print_row(name, f"{step:.1f}", *ratios, f"{process:.1f}")
 
 
 def print_row(*cells):
@@ -230,8 +207,7 @@ def parse_and_run():
     if args.call:
         run_program(*args.call)
         return
-    threads = torch.get_num_threads()
-    print(f"{platform.machine()}, {threads} threads, PyTorch {torch.__version__}\n")
+    print(main.describe_machine(), end="\n\n")
     (compare_accuracy if args.accuracy else compare_speed)(args)
 
 

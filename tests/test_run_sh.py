@@ -136,14 +136,14 @@ def test_flags_of_a_run_that_is_there(project, start, resume, there):
     assert "\n".join(resume.split()) in given
 
 
-def test_python_on_the_path_without_a_virtual_environment(project, start, tmp_path):
+def test_no_place_for_the_log(project, start):
+    finish(start(LOGDIR="main.py/x"), 1, ".*main.py.*\n")
+
+
+def test_cron(project, start, tmp_path):
+    """Python on the path, without a virtual environment, and with nothing else set."""
     shutil.rmtree(project / ".venv")
     write_scripts(tmp_path, {"python3": STAND_IN})
-    finish(start(PATH=f"{tmp_path}:{os.environ['PATH']}"))
-    assert "main.py\n" in (project / "logs" / "log.out").read_text()
-
-
-@pytest.mark.parametrize("folder, named", [("main.py/x", "main.py"), ("full", "full/log.out")])
-def test_no_place_for_the_log(project, start, folder, named):
-    (project / "full" / "log.out").mkdir(parents=True)  # which no file can replace
-    finish(start(LOGDIR=folder), 1, f".*{named}.*\n")
+    bare = ["env", "-i", f"PATH={tmp_path}:/usr/bin:/bin", "sh", "-c", "'the project/run.sh'"]
+    finish(start(command=bare))
+    assert (project / "logs" / "log.out").read_text().startswith("GPUs 0\n")
