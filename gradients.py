@@ -184,9 +184,9 @@ def draw(table, title, batch_size):
 def compare_epochs(folder, settings, mode):
     """Compares the gradients at every stored epoch; writes the table and its picture."""
     device = select_device()
+    seed_everything(settings["seed"])  # as main.py does, for random data; also for mini-batches
     dataset, (pixels, labels), _ = load_dataset(settings["dataset"], settings["data_dir"])
     dropout, batch_size = settings["dropout"], settings["batch_size"]
-    seed_everything(settings["seed"])  # for the mini-batches
     shuffled = Loader(pixels, labels, batch_size, device, shuffle=True)
     sample = [batch for batch in itertools.islice(shuffled, SAMPLE) if len(batch[1]) == batch_size]
     if len(sample) < 2:

@@ -368,7 +368,7 @@ def run(args, device):
         record.add("test.csv", epoch=epoch, step=step, lr=lr, loss=test_loss, accuracy=accuracy)
         schedule.step()
         record.save(epoch, states)
-        # To stop early, add for example: if accuracy > 99: break
+        # Here you can stop early (if accuracy > 99: break), but not change what is in `states`.
     seconds = time.monotonic() - started
     print(f"Done in {seconds:.1f} s; the record is in {record.folder} (sha256 {record.checksum()})")
 
@@ -596,8 +596,8 @@ class Record:
         if not self.tables[name].startswith(header):
             raise ValueError(f"{name} has columns other than {list(values)}")
         for column, value in values.items():
-            if isinstance(value, torch.Tensor):  # To read it now would make Python wait for a GPU.
-                values[column] = value.detach().clone()
+            is_tensor = isinstance(value, torch.Tensor)  # To read it now would wait for a GPU.
+            values[column] = value.detach().clone() if is_tensor else float(value)
         self.new_rows[name].append(values)
 
     def write(self, name):
@@ -702,12 +702,12 @@ def average_gradients(optimizer):
                 distributed.all_reduce(parameter.grad)  # replaces it by the sum over all processes
 
 
-def seed_everything(*seeds):
-    """Seeds torch's generator differently in each process, numpy's and Python's alike in all."""
-    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])  # mixes them to one number
-    torch.manual_seed(seed + RANK)  # so that dropout differs
-    np.random.seed(seed)
-    random.seed(seed)
+def seed_everything(seed, epoch=0):
+    """Seeds all generators alike in all processes, except torch's during an epoch, for dropout."""
+    number = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])  # of both
+    torch.manual_seed(number + RANK if epoch > 0 else number)
+    np.random.seed(number)
+    random.seed(number)
 
 
 def select_device():

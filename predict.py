@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from scipy import ndimage
 
-from main import LeNet, load_dataset, newest_run, normalise
+from main import LeNet, load_dataset, newest_run, normalise, seed_everything
 
 
 @torch.no_grad()
@@ -170,6 +170,7 @@ def main(argv=None):
         read_pictures(model, args.pictures, args.output or run / "pictures.png")
     else:
         data_dir = args.data_dir or settings["data_dir"]
+        seed_everything(settings["seed"])  # as main.py does, in case that data is random
         _, _, (images, labels) = load_dataset(settings["dataset"], data_dir)
         read_test_digits(model, images, labels, args.output or run / "mistakes.png")
 

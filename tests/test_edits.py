@@ -6,6 +6,7 @@ README.md; most of the others were made by real readers of the guide in its prog
 
 import json
 import re
+import shutil
 import signal
 from functools import partial
 
@@ -22,11 +23,10 @@ SCHEDULE = "Schedule(optimizer, args.schedule, args.epochs)"
 RETURN = "return name, (train.data, train.targets), (test.data, test.targets)"
 # Other lines are put before or after these.
 DATA = '    name = "mnist" if name == "auto" else name\n'
-ORDER = "        order = torch.from_numpy("
 CLASS = "class View("
 PARSE = "    args = parser.parse_args(argv)\n    if"
 LOADER = "device, shuffle=True"
-RECORD = "    record = Record(args, states)\n"
+RECORD = "    record = Record(args, states)  # It restores them.\n"
 OUTPUT = "        output = model(data)  #"
 BACKWARD = "        loss.backward()\n"
 AVERAGE = "        average_gradients(optimizer)\n"
@@ -63,6 +63,10 @@ README = {
     "one more value in `train.csv`": [("loss=loss)", f"loss=loss, {shown('bias=')})")],
     "one more value in `test.csv`": [
         ("accuracy=accuracy)", f"accuracy=accuracy, {shown('norm=')})")
+    ],
+    "one more table": [
+        ('"test.csv": ""', '"test.csv": "", ' + shown('"epochs.csv')),
+        before(SCHEDULE_STEP, "        " + shown('record.add("epochs') + "\n"),
     ],
     "one more flag": [
         before(PARSE, f"    {shown('flag(').replace('0.0', '0.01')}\n"),
@@ -135,11 +139,6 @@ class Noisy(nn.Conv2d):
 
 """
 
-ONE_MORE_TABLE = [
-    ('"test.csv": ""}', '"test.csv": "", "epochs.csv": ""}'),
-    before(SCHEDULE_STEP, '        record.add("epochs.csv", epoch=epoch)\n'),
-]
-
 OTHERS = {
     "Adam, two groups": [(SGD, TWO_GROUPS)],
     "an optimizer that counts its steps": [
@@ -156,10 +155,6 @@ OTHERS = {
         ('choices=rules, default="constant"', 'choices=rules, default="warm-up"'),
         ("factor = 1.0", "factor = min(1, (self.epochs_done + 1) / 3)"),
     ],
-    "half of the labels": [
-        before(DATA, "    train.data, train.targets = train.data[:300], train.targets[:300]\n")
-    ],
-    "half of the order": [before(ORDER, "        order = order[::2]\n")],
     "another model": [before("class Schedule:", OWN_LENET)],
     "norm behind pooling": [(NORM, ""), after(POOL, NORM)],
     "noisy convolutions": [before(CLASS, NOISY), ("nn.Conv2d(ci, co, ksz)", "Noisy(ci, co, ksz)")],
@@ -191,8 +186,6 @@ OTHERS = {
         ),
         before(RECORD, '    states["centers"] = loss_function\n'),
     ],
-    "one more table": ONE_MORE_TABLE,
-    "fewer saved parameters": [before("write_whole(self.folder / f", "epoch % 2 or ")],
     "a flag that is a path": [
         before(PARSE, '    flag("--own", type=Path, default=".")\n'),
         after(RECORD, "    (record.folder / args.own / 'own.csv').touch()\n"),
@@ -208,8 +201,6 @@ RATES = {
     "StepLR": np.repeat([0.1, 0.01, 0.001], 12),
     "ReduceLROnPlateau": np.repeat([0.1, 0.1, 0.01], 12),
     "a warm-up": np.repeat([0.1 / 3, 0.2 / 3, 0.1], 12),
-    "half of the labels": 18 * [0.1],
-    "half of the order": 18 * [0.1],
 }
 
 
@@ -328,12 +319,29 @@ def test_what_changes_in_the_optimizers_line_wins(schedule, rate, train, tmp_pat
 
 
 def test_one_more_table_in_some_epochs(train, tmp_path):
-    program = edit(tmp_path, *ONE_MORE_TABLE)
+    program = edit(tmp_path, *README["one more table"])
     train(tmp_path, "--epochs", 1)
     train(tmp_path, "--epochs", 2, "--resume", program=program)
     train(tmp_path, "--epochs", 3, "--resume")
     train(tmp_path, "--epochs", 4, "--resume", program=program)
     assert column(tmp_path, "epochs.csv", "epoch") == [2, 4]
+
+
+def test_a_row_keeps_the_values_of_its_step(train, tmp_path):
+    values = "kept=model.m[-1].bias[0], read=model.m[-1].bias[0].item()"
+    train(tmp_path, program=edit(tmp_path, ("loss=loss)", f"loss=loss, {values})")))
+    kept, read = (column(tmp_path, "train.csv", name) for name in ("kept", "read"))
+    assert kept == pytest.approx(read) and len({*kept}) == 36
+
+
+def test_predict_sees_the_random_data_of_the_run(go, train, tmp_path):
+    """Here test labels that are shuffled at random."""
+    shuffled = "test.targets = test.targets[torch.randperm(300)]"
+    program = edit(tmp_path, before(DATA, f"    {shuffled}\n"))
+    train(tmp_path, "--seed", 5, program=program)
+    shutil.copy(HOME / "predict.py", tmp_path)
+    output = go(tmp_path / "predict.py", "--run", tmp_path / "run-1").stdout
+    assert f"Accuracy: {column(tmp_path, 'test.csv', 'accuracy')[-1]:.2f}%" in output
 
 
 def test_a_row_after_the_last_epoch_is_written_once(train, go, tmp_path):

@@ -136,10 +136,6 @@ def test_flags_of_a_run_that_is_there(project, start, resume, there):
     assert "\n".join(resume.split()) in given
 
 
-def test_no_place_for_the_log(project, start):
-    finish(start(LOGDIR="main.py/x"), 1, ".*main.py.*\n")
-
-
 def test_cron(project, start, tmp_path):
     """Python on the path, without a virtual environment, and with nothing else set."""
     shutil.rmtree(project / ".venv")
