@@ -1,6 +1,6 @@
 """Train LeNet on MNIST. On a CPU, it takes less than half the time of the guide's program.
 
-    python main.py                        # ten epochs: 99.3% of test digits right (5 seeds' mean)
+    python main.py                        # ten epochs: 99.3% of test digits right (mean of 5 seeds)
     python main.py --epochs 3 --lr 0.05   # all flags: python main.py --help
     python main.py --resume               # continue the newest run where it stopped
     torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node=2 main.py   # 2 GPUs (part 4)
@@ -30,17 +30,17 @@ import sys
 import time
 from pathlib import Path
 
-# On Linux, PyTorch's threads wait for one another in a loop. If other programs keep the CPU busy,
-# that makes a run several times slower. So they loop only 10,000 times, and then sleep, which costs
-# 1% on an idle CPU (1,000 times: 5%). PyTorch reads this when it is imported.
+# On Linux, PyTorch's threads wait for one another in a busy loop. Beside other programs that need
+# the CPU, a run is several times slower then. So they loop only 10,000 times, and then sleep, which
+# costs 1% on an idle CPU (1,000 times: 5%). PyTorch's library reads this when it is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import filelock
 import numpy as np
 import torch
 
-# At exit, Python searches what is not frozen for garbage, PyTorch for half a second. It must search
-# what the next imports load, which would report leaks otherwise.
+# At exit, Python searches all objects for garbage, except frozen ones, which saves half a second.
+# (If those of the next imports are frozen, too, they report leaks.)
 gc.freeze()
 
 import torchnet as tnt
@@ -50,9 +50,9 @@ from torchvision.datasets.utils import extract_archive
 from tqdm import tqdm
 
 INTERVAL = 100  # batches between printed training losses, as in the guide
-# What --dataset accepts, besides mnist-5k, and the names of classes in torchvision.datasets.
+# The choices of --dataset, besides mnist-5k, and their classes in torchvision.datasets.
 DATASETS = {"auto": "MNIST", "mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
-# How many processes torchrun has started, and which of them this is (part 4). With one process, the
+# torchrun sets how many processes it has started, and which of them this is (part 4). With one, the
 # usual case, in_first_process(f, x) is just f(x), and average_gradients(...) changes nothing.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
@@ -66,7 +66,7 @@ RANK = int(os.environ.get("RANK", "0"))
 
 
 def parse_arguments(argv=None):
-    """Returns the flags. One that is not given comes from the run to resume, or is the default."""
+    """Returns the flags. If one is not given, the run to resume has it, or it is the default."""
     parser = argparse.ArgumentParser("main.py", description="PyTorch MNIST Example")
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter  # --help shows the defaults.
     flag = parser.add_argument
@@ -75,7 +75,8 @@ def parse_arguments(argv=None):
     flag("--lr", type=float, default=0.1, metavar="LR", help="learning rate")
     flag("--dropout", type=float, default=0.25, metavar="P", help="dropout probability")
     flag("--momentum", type=float, default=0.9, metavar="M", help="heavy ball momentum")
-    path = os.path.expanduser  # replaces ~ by the home folder. (The guide's run.sh says --data.)
+    path = os.path.expanduser  # replaces ~ by the home folder
+    # (The guide's run.sh says --data.)
     flag("--data-dir", "--data", type=path, default="./data", metavar="DIR", help="has MNIST/raw/")
     names = [*DATASETS, "mnist-5k"]
     flag("--dataset", choices=names, default="auto", help="auto: mnist, or mnist-5k if offline")
@@ -85,10 +86,10 @@ def parse_arguments(argv=None):
     flag("--log-dir", type=path, default="./logs", metavar="DIR", help="for the runs: run-1, ...")
     flag("--resume", nargs="?", const="newest", metavar="RUN", help="continue RUN, or the newest")
     args = parser.parse_args(argv)
-    if args.resume is not None:  # It is RUN or, without a RUN, "newest".
+    if args.resume is not None:  # It is RUN or, if only --resume is given, "newest".
         args = parse_again(parser, argv, args)  # with the run's flags as defaults (part 3)
     for name, is_valid, valid_range in (
-        ("--batch-size", args.batch_size >= 2 * WORLD_SIZE, "2 or more for each process"),
+        ("--batch-size", args.batch_size >= 2 * WORLD_SIZE, "2 or more for each process"),  # slip 8
         ("--epochs", args.epochs >= 1, "1 or more"),
         ("--lr", 0 < args.lr < math.inf, "above 0, and finite"),
         ("--dropout", 0 <= args.dropout < 1, "0 or more, and below 1"),
@@ -117,9 +118,9 @@ def load_dataset(name, data_dir):
         for packed in raw.glob("*.gz"):  # torchvision itself only extracts what it downloads.
             if not packed.with_suffix("").exists():
                 extract_archive(packed, raw)
-        # The guide never downloads (slip 4). We only do if the folder is empty: torchvision could
+        # The guide never downloads (slip 4). We do so only into an empty folder: torchvision could
         # overwrite files of your own.
-        train = dataset_class(data_dir, train=True, download=is_empty)
+        train = dataset_class(data_dir, train=True, download=is_empty)  # all four files
         test = dataset_class(data_dir, train=False)
     except (AttributeError, NameError, TypeError):
         raise  # These are mistakes in a program: the traceback shows where.
@@ -127,7 +128,7 @@ def load_dataset(name, data_dir):
         if name == "auto" and is_empty:
             print(f"main.py: warning: TRAINING ON MNIST-5K INSTEAD: {error!r}", file=sys.stderr)
             return load_mnist_5k()
-        advice = "delete it, to download it again or to copy its four files there"
+        advice = "delete this folder to download it again, or copy the four files there"
         sys.exit(f"main.py: error: {raw} cannot be read or downloaded ({error!r}): {advice}")
     name = "mnist" if name == "auto" else name
     return name, (train.data, train.targets), (test.data, test.targets)
@@ -139,8 +140,8 @@ def load_mnist_5k():
 
     pixels, labels = map(torch.tensor, mnist_data())
     pixels = pixels.byte().view(-1, 28, 28)
-    # They come sorted by digit. Every fifth is for testing, so a fifth of each digit. `order` has
-    # the places of all, shuffled, so that any part has all digits. It is the same for each --seed.
+    # They come sorted by digit. Places 4, 9, 14, ... are for testing: a fifth of each digit.
+    # `order` has all places, shuffled, so that any part has all digits. --seed does not change it.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train = order[order % 5 != 4]
     test = order[order % 5 == 4]
@@ -148,11 +149,11 @@ def load_mnist_5k():
 
 
 def normalise(pixels):
-    """Normalises pixels, uint8 or floats from 0 to 1, like the guide's ToTensor and Normalize."""
+    """Normalises uint8 pixels, or floats from 0 to 1, like the guide's ToTensor and Normalize."""
     if pixels.dtype == torch.uint8:
         pixels = pixels / 255
     elif not pixels.is_floating_point() or pixels.min() < -0.1 or pixels.max() > 1.1:
-        # (0.1 more is allowed, since GaussianBlur, for example, may round to more than 1.)
+        # A transform has returned them. (GaussianBlur, for example, may round to more than 1.)
         raise ValueError("pixels must be uint8, or floats from 0 to 1: leave out Normalize")
     return (pixels.float() - 0.1307) / 0.3081  # mean and standard deviation of MNIST
 
@@ -174,7 +175,7 @@ class Loader:
             raise ValueError("pixels must be uint8, and there must be a label for each image")
         if "ToTensor" in str(transform) or "Normalize" in str(transform):  # in its printed form
             raise ValueError("leave out ToTensor and Normalize: see the docstring of Loader")
-        self.pixels = pixels.to(device)
+        self.pixels = pixels.unsqueeze(1).to(device)  # N x 1 x 28 x 28
         self.labels = labels.to(device)
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -190,12 +191,12 @@ class Loader:
     def __iter__(self):
         order = np.arange(len(self.pixels))
         if self.shuffle:
-            np.random.shuffle(order)  # numpy's generator is the one that all processes seed alike
+            np.random.shuffle(order)  # alike in all processes: see seed_everything
         order = torch.from_numpy(order).to(self.pixels.device)
         for indices in order.split(self.batch_size)[: len(self)]:
             if self.shuffle:
                 indices = indices[RANK::WORLD_SIZE]  # of two processes, each takes every other one
-            data = self.pixels.index_select(0, indices).unsqueeze(1)  # pixels[indices], but faster
+            data = self.pixels.index_select(0, indices)  # self.pixels[indices], but faster
             if self.transform is not None:
                 data = torch.stack([self.transform(image) for image in data])
             yield normalise(data), self.labels.index_select(0, indices)
@@ -209,7 +210,7 @@ class View(nn.Module):
         self.o = o
 
     def forward(self, x):
-        # The guide's `view` fails on what part 2 returns: its values have another order in memory.
+        # The guide's `view` fails if the values have another order in memory, as after part 2.
         return x.reshape(-1, self.o)
 
 
@@ -260,7 +261,7 @@ class Schedule:
         self.name = name
         self.epochs = epochs
         self.epochs_done = 0
-        # An optimizer has a list of groups of parameters, each with its rate. The guide's has one.
+        # An optimizer has a list of groups of parameters, each with its rate: here one group.
         self.initial_lrs = [group["lr"] for group in optimizer.param_groups]
 
     def step(self):
@@ -279,22 +280,24 @@ class Schedule:
         for group, initial_lr in zip(self.optimizer.param_groups, self.initial_lrs, strict=True):
             group["lr"] = initial_lr * factor
 
-    def state_dict(self):  # what the checkpoint keeps
+    # Record, in part 3, saves and restores this, like the state of a model.
+    def state_dict(self):
         return {"epochs_done": self.epochs_done, "name": self.name}
 
     def load_state_dict(self, state):
         self.epochs_done = state["epochs_done"]
-        if self.name != "constant" or state["name"] != "constant":
-            self.set_lrs()  # --lr, --epochs or --schedule may have changed.
+        if self.name == state["name"] == "constant":
+            return  # The optimizer has restored its rates.
+        self.set_lrs()  # --lr, --epochs or --schedule may have changed.
 
 
 def train(epoch, model, loss_function, optimizer, train_loader, record):
     """Trains one epoch. Adds a row to train.csv for each batch (exercise 1)."""
-    is_hidden = True if RANK > 0 else None  # None: it is shown, but only on a terminal.
-    bar = tqdm(train_loader, f"Epoch {epoch}", leave=False, disable=is_hidden)  # a progress bar
+    # A progress bar. None: it is shown, but only on a terminal.
+    bar = tqdm(train_loader, f"Epoch {epoch}", leave=False, disable=RANK > 0 or None)
     for batch_ix, (data, target) in enumerate(bar):
         # Dropout is on, and batch norm uses the statistics of the batch. (The guide says the
-        # opposite: slip 5.) It is in the loop in case you add a test(), which turns them off.
+        # opposite: slip 5.) It is inside the loop in case you add a test(), which undoes it.
         model.train()
         optimizer.zero_grad()
         output = model(data)  # no `Variable` (slip 2), no data.cuda(): it is on the device already
@@ -306,7 +309,7 @@ def train(epoch, model, loss_function, optimizer, train_loader, record):
         step = (epoch - 1) * len(train_loader) + batch_ix + 1
         # For another column, add a number or a one-element tensor here.
         record.add("train.csv", step=step, epoch=epoch, batch=batch_ix, lr=lr, loss=loss)
-        # A GPU lags behind Python, and reading a loss waits for it. So it is done rarely.
+        # A GPU works in the background, and reading a loss waits for it. So it is done rarely.
         if batch_ix % INTERVAL == 0 and batch_ix > 0:
             record.write("train.csv")  # exits if a loss is not finite
             bar.write(f"[Epoch {epoch:2}, batch {batch_ix:3}] training loss: {loss.item():.4f}")
@@ -321,8 +324,8 @@ def test(epoch, model, loss_function, test_loader):
     for data, target in test_loader:
         output = model(data)
         loss = loss_function(output, target)
-        top1.add(output.float(), target)  # float, in case that you train in bfloat16
-        test_loss.add(loss.item() * len(data), len(data))  # their sum and number (slip 7)
+        top1.add(output.float(), target)  # float, in case you train in bfloat16
+        test_loss.add(loss.item() * len(data), len(data))  # the losses' sum and number (slip 7)
     mean_loss, accuracy = test_loss.value()[0], top1.value()[0]
     # The guide reads the epoch from a global variable (slip 4).
     print(f"[Epoch {epoch:2}] Average test loss: {mean_loss:.3f}, accuracy: {accuracy:.2f}%\n")
@@ -335,7 +338,7 @@ def run(args, device):
     seed_everything(args.seed)  # for the initial parameters, and any random change to the data
     # With several processes, the first one loads the data and tests for all of them.
     args.dataset, train_set, test_set = in_first_process(load_dataset, args.dataset, args.data_dir)
-    args.cuda = device.type == "cuda"
+    args.cuda = device.type == "cuda"  # only to be printed and recorded, like the next one
     args.machine = describe_machine()
     print(f"Training LeNet on {DATASETS.get(args.dataset, 'MNIST')}")
     for name, value in vars(args).items():
@@ -355,12 +358,12 @@ def run(args, device):
     make_faster(model)  # Delete this line to train without part 2.
 
     # What is saved after each epoch, and restored, in this order, when the run is resumed. Add
-    # anything else that has a state_dict() of tensors and plain values, such as a model's average.
+    # anything else that has a state_dict() of tensors and plain values.
     states = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    record = Record(args, states)  # It restores them.
+    record = Record(args, states)  # If the run is resumed, they are restored here.
     for epoch in range(record.epochs_done + 1, args.epochs + 1):
         seed_everything(args.seed, epoch)  # so that a resumed run draws the same random numbers
-        optimizer.zero_grad()  # If you accumulate gradients, a resumed run has none left over.
+        optimizer.zero_grad()  # If you accumulate gradients: a resumed run has none left, either.
         train(epoch, model, loss_function, optimizer, train_loader, record)
         test_loss, accuracy = in_first_process(test, epoch, model, loss_function, test_loader)
         lr = optimizer.param_groups[0]["lr"]
@@ -368,7 +371,7 @@ def run(args, device):
         record.add("test.csv", epoch=epoch, step=step, lr=lr, loss=test_loss, accuracy=accuracy)
         schedule.step()
         record.save(epoch, states)
-        # Here you can stop early (if accuracy > 99: break), but not change what is in `states`.
+        # Here you can stop early (if accuracy > 99: break), but `states` are saved already.
     seconds = time.monotonic() - started
     print(f"Done in {seconds:.1f} s; the record is in {record.folder} (sha256 {record.checksum()})")
 
@@ -381,8 +384,8 @@ def run(args, device):
 
 def make_faster(model):
     """Turns the guide's convbn blocks and dropouts, anywhere in a model, into faster ones."""
-    for layer in reversed([*model.modules()]):  # inner layers first
-        # It stays the same object, with its parameters. Its new class has another `forward`.
+    for layer in reversed([*model.modules()]):  # dropouts before the blocks that they are in
+        # It stays the same object, with its parameters, but has the `forward` of another class.
         if type(layer) is nn.Dropout:
             layer.__class__ = DropoutFromBits
         if type(layer) is nn.Sequential and is_guides_convbn(layer):
@@ -396,14 +399,15 @@ def is_guides_convbn(block):
         return False
     convolution, norm, _, _, dropout = block
     parameters = [*convolution.parameters(), *norm.parameters()]
-    # Where a layer keeps what you attach to it: another `forward`, or hooks (functions to call).
+    # What a layer has only if you attach it: a `forward` of its own, or hooks, which are functions
+    # that PyTorch calls before or after it.
     attachments = ["forward", "_forward_hooks", "_forward_pre_hooks"]
     attachments += ["_backward_hooks", "_backward_pre_hooks"]
     return (
-        len(parameters) == 4  # a weight and a bias each
+        len(parameters) == 4  # a weight and a bias each, of the same type:
         and {parameter.dtype for parameter in parameters} in ({torch.float32}, {torch.float64})
-        and norm.track_running_stats
-        and norm.momentum is not None
+        and norm.track_running_stats  # as is usual
+        and norm.momentum is not None  # as is usual
         and not dropout.inplace
         and not any(vars(layer).get(name) for layer in block for name in attachments)
     )
@@ -412,43 +416,46 @@ def is_guides_convbn(block):
 class FasterConvBN(nn.Sequential):
     """The guide's convbn on a CPU: a step without it takes 1.4 times as long.
 
-    If a > 0, max(a * x + b) is a * max(x) + b, and ReLU keeps the order of values. So pooling can
-    come first, which leaves a ninth or a quarter of the values to scale and shift. And the
-    convolution can do without its bias, because batch norm subtracts the mean.
+    In each channel, batch norm computes a * x + b, with a and b from the statistics of all values.
+    If a > 0, max(relu(a * x + b)) is relu(a * max(x) + b). So pooling can come first, which leaves
+    a ninth (3 x 3) or a quarter (2 x 2) of the values to scale and shift. And the convolution needs
+    no bias, because batch norm subtracts the mean.
     """
 
     def forward(self, x):
         is_supported = (
             x.device.type == "cpu"
             and x.dim() == 4
-            and len(x) > 1
-            # Some features of PyTorch have to see the layers themselves.
+            and len(x) > 1  # Batch norm cannot train on a single value.
+            # Some features of PyTorch, which the guide does not use, need the layers themselves.
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")
             and not nn.modules.module._has_any_global_hook()
             and is_guides_convbn(self)
-            and (self[1].weight > 0).all()  # the a of above
+            and (self[1].weight > 0).all()  # batch norm's: it has the sign of a
         )
         if not is_supported:
             return super().forward(x)
         convolution, norm, relu, pool, dropout = self
-        # Convolution is faster if weights and results have all channels of a pixel side by side.
+        # Convolution is faster if weights have all channels of a pixel side by side in memory. The
+        # result has that order, too.
         weight = convolution.weight.to(memory_format=torch.channels_last)
-        x = convolution._conv_forward(x, weight, bias=None)
+        x = convolution._conv_forward(x, weight, bias=None)  # convolution(x) with these
         if norm.training:
             mean, variance = ChannelMoments.apply(x)
             n = x.numel() / len(mean)
-            with torch.no_grad():  # lerp_ is: old + momentum * (new - old)
-                # x lacks the bias, which PyTorch's running mean includes.
+            with torch.no_grad():
+                # PyTorch's running mean has the bias, which x lacks. lerp_(new, momentum) replaces
+                # old by old + momentum * (new - old).
                 norm.running_mean.lerp_(mean + convolution.bias, norm.momentum)
-                # The running variance is that of n - 1 degrees of freedom.
+                # Its running variance divides by n - 1 instead of n.
                 norm.running_var.lerp_(variance * (n / (n - 1)), norm.momentum)
                 norm.num_batches_tracked += 1
-            # It adds 0, which gives the bias a gradient, 0: weight decay skips what has none.
+            # The bias needs a gradient of 0, as in the guide: with None, optimizers skip it.
             mean = mean + 0 * convolution.bias
         else:
             mean, variance = norm.running_mean - convolution.bias, norm.running_var
-        # weight * (x - mean) / sqrt(variance + eps) + bias is x * scale + shift with:
+        # norm.weight * (x - mean) / sqrt(variance + eps) + norm.bias is x * scale + shift with:
         scale = norm.weight * (variance + norm.eps).rsqrt()
         shift = norm.bias - mean * scale
         return dropout(relu(pool(x) * scale[:, None, None] + shift[:, None, None]))
@@ -457,20 +464,23 @@ class FasterConvBN(nn.Sequential):
 class ChannelMoments(torch.autograd.Function):
     """Takes N x C x H x W. Returns the mean and the variance [4] of each channel's n values.
 
-    They are x.mean((0, 2, 3)) and x.var((0, 2, 3), correction=0), but faster. A Function has its
-    own derivative: `backward` takes the gradients of the loss in mean and variance, and returns
-    that in x. d mean / dx is 1 / n, and d variance / dx is 2 (x - mean) / n (through the mean, it
-    is 0 in sum). Times the gradients, their sum is slope * x + offset: a single pass over x.
+    They are x.mean((0, 2, 3)) and x.var((0, 2, 3), correction=0), but faster. A Function contains
+    its own derivative: loss.backward() calls our `backward` with d loss / d mean and d loss / d
+    variance, and it returns d loss / dx. `ctx` carries values from `forward` to `backward`.
+
+    d mean / dx is 1 / n, and d variance / dx is 2 (x - mean) / n. (The variance also depends on x
+    through the mean, but that adds nothing: the sum of x - mean is 0.) So d loss / dx is
+    mean_gradient / n + variance_gradient * 2 (x - mean) / n, or slope * x + offset.
     """
 
     @staticmethod
     def forward(ctx, x):
         channels = x.shape[1]
-        # Long rows are summed faster: a row has all channels of 16 pixels, if possible.
+        # A row has all channels of a pixel, or of 16, if possible: longer rows are summed faster.
         pixels = 16 if x.numel() % (16 * channels) == 0 else 1
-        rows = x.permute(0, 2, 3, 1).reshape(-1, pixels * channels)  # N * H * W / 16 x 16 * C
-        mean = rows.mean(0).view(pixels, channels).mean(0)  # 16 * C, then 16 x C, then C
-        squares = (rows - mean.repeat(pixels)).square_()
+        rows = x.permute(0, 2, 3, 1).reshape(-1, pixels * channels)
+        mean = rows.mean(0).view(pixels, channels).mean(0)  # over all rows, then over the pixels
+        squares = (rows - mean.repeat(pixels)).square_()  # repeat: like numpy's tile
         variance = squares.mean(0).view(pixels, channels).mean(0)
         ctx.save_for_backward(x, mean)
         return mean, variance
@@ -487,7 +497,7 @@ class ChannelMoments(torch.autograd.Function):
 class DropoutFromBits(nn.Dropout):
     """Dropout [3] from 64 random bits at a time: a step without it takes 1.2 times as long.
 
-    Each value gets a random 16-bit number, and is dropped if that is among the lowest p * 65,536.
+    Each value gets a random 16-bit number, and is dropped if it is one of the lowest p * 65,536.
     """
 
     def forward(self, x):
@@ -496,12 +506,13 @@ class DropoutFromBits(nn.Dropout):
         is_supported = 0 < dropped < levels and x.device.type == "cpu" and not self.inplace
         if not self.training or not is_supported or torch.compiler.is_compiling():
             return super().forward(x)
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
+        bits.random_(-(2**63), None)  # None: up to the highest int64
         numbers = bits.view(torch.int16)[: x.numel()]  # the same bits as four numbers each
         kept = numbers >= dropped - levels // 2  # The lowest int16 is -levels // 2.
         mask = kept.to(x.dtype) * (levels / (levels - dropped))  # 0 or 1 / (1 - p)
-        # Multiplying is fastest if the mask has the order of x in memory, which its strides tell.
-        # Its values are random, so they may be taken in any order.
+        # as_strided gives the mask the shape of x, and its order in memory: so they are multiplied
+        # fastest. The mask is random, so any order will do.
         return x * mask.as_strided(x.shape, torch.empty_like(x).stride())
 
 
@@ -512,14 +523,14 @@ class Record:
     """The files of a run, in a folder of its own, LOG_DIR/run-N.
 
     settings.json          the flags, and the machine
-    main-NN.py             the program that began the run (00), or resumed it after epoch NN
+    main-NN.py             a copy of main.py as it began the run (00), or resumed it after epoch NN
     train.csv, test.csv    a row for each batch or epoch; steps count from 1, accuracy is in %
     params/epoch-NN.pkl    the model's state after epoch NN: a dict of float32 arrays (exercise 4)
     checkpoint.pt          everything needed to continue after the last finished epoch
 
-    Only the first process writes them. The checkpoint also holds the tables, as text, and a resumed
-    run rewrites them. A new run saves a checkpoint and restores it at once: so whatever cannot be
-    restored shows now, and all processes start with the same network.
+    Only the first process writes them. The checkpoint also holds the tables, as text: a resumed run
+    rewrites them, without the rows that came after it. A new run saves a checkpoint and restores it
+    at once: so errors in that show up at the start, and all processes get the same parameters.
     """
 
     def __init__(self, args, states):
@@ -527,11 +538,12 @@ class Record:
         self.folder = args.resume or in_first_process(make_run_folder, args.log_dir)
         self.tables = {"train.csv": "", "test.csv": ""}  # as text; add a new table here
         self.new_rows = {name: [] for name in self.tables}  # not yet part of the text
-        # What `restore` compares: the settings of optimizers, as program and flags give them now.
+        # The settings that program and flags give, such as {"optimizer": [{"lr": 0.1, ...}]}. The
+        # checkpoint keeps them, and `restore` looks for those that have changed since.
         self.given = {name: states[name].state_dict().get("param_groups", []) for name in states}
         if RANK == 0:
-            # While this object exists, no other program can resume the run. (A singleton: in a
-            # notebook, an interrupted run still has its lock, and may take it again.)
+            # While this object exists, no other program can resume the run. (A singleton: the same
+            # program can lock it again, as after an interruption in a notebook.)
             self.lock = filelock.FileLock(self.folder / ".lock", is_singleton=True)
             try:
                 self.lock.acquire(blocking=False)
@@ -549,35 +561,35 @@ class Record:
                 program = self.folder / f"main-{self.epochs_done:02}.py"
                 write_whole(program, Path(__file__).read_bytes())
             else:
-                line = f"main.py: {self.folder} is finished: --epochs trains longer"
+                line = f"main.py: {self.folder} is finished: a higher --epochs trains longer"
                 print(line, file=sys.stderr)
 
     def restore(self, states):
         """Restores the states from the checkpoint.
 
         An optimizer's settings, such as lr, come from it, too, since they may have changed during
-        the run. Only those that the program or its flags give otherwise than before are new: after
-        --resume --lr 0.05, lr is 0.05.
+        the run. But if the program or its flags have changed one, as --resume --lr 0.05 does, the
+        new value wins.
         """
         checkpoint = in_first_process(read_checkpoint, self.folder / "checkpoint.pt")
         self.epochs_done = checkpoint["epoch"]
         self.tables |= checkpoint["tables"]
         for name, state in states.items():
             state.load_state_dict(checkpoint["states"][name])
+            before = checkpoint["given"][name]
             for number, now in enumerate(self.given[name]):
-                before = checkpoint["given"][name][number]
                 for key in now:
-                    if now[key] != before.get(key):
+                    if now[key] != before[number].get(key):
                         state.param_groups[number][key] = now[key]
 
     def save(self, epoch, states):
         """Saves the model's parameters, then everything needed to continue after this epoch."""
         for name in self.new_rows:
-            self.write(name)
+            self.write(name)  # checks the losses of all processes
         if RANK > 0:
             return
         tensors = states["model"].state_dict()
-        arrays = {name: tensors[name].float().cpu().contiguous().numpy() for name in tensors}
+        arrays = {name: tensors[name].float().cpu().numpy() for name in tensors}
         write_whole(self.folder / f"params/epoch-{epoch:02}.pkl", pickle.dumps(arrays, protocol=4))
         checkpoint = {
             "epoch": epoch,
@@ -591,12 +603,13 @@ class Record:
 
     def add(self, name, **values):
         """Adds a row to a table, to be written later: numbers or one-element tensors."""
-        header = ",".join(values) + "\n"  # their names
-        self.tables[name] = self.tables[name] or header  # It is the first line of a new table.
+        header = ",".join(values) + "\n"  # the names of the columns: a new table's first line
+        self.tables[name] = self.tables[name] or header
         if not self.tables[name].startswith(header):
             raise ValueError(f"{name} has columns other than {list(values)}")
         for column, value in values.items():
-            is_tensor = isinstance(value, torch.Tensor)  # To read it now would wait for a GPU.
+            # To read a tensor now would wait for a GPU, so a copy of its value is kept.
+            is_tensor = isinstance(value, torch.Tensor)
             values[column] = value.detach().clone() if is_tensor else float(value)
         self.new_rows[name].append(values)
 
@@ -607,8 +620,9 @@ class Record:
         for row in rows:  # Nine significant digits tell any two float32 numbers apart.
             self.tables[name] += ",".join(f"{value:.9g}" for value in row.values()) + "\n"
         if RANK == 0:
-            with open(self.folder / name, "ab") as table:  # tell() is the size of the file.
-                table.write(self.tables[name].encode()[table.tell() :])  # what it lacks
+            with open(self.folder / name, "ab") as table:
+                # Appends what the file does not have yet: tell() is its size.
+                table.write(self.tables[name].encode()[table.tell() :])
         if not all(math.isfinite(row.get("loss", 0)) for row in rows):
             sys.exit(f"main.py: error: {name} has a loss that is not finite: lower --lr")
 
@@ -630,7 +644,7 @@ class Record:
 def read_checkpoint(path):
     """Reads a checkpoint. Exits with a message if it is damaged."""
     try:
-        # weights_only: no code is run that somebody may have put into the file.
+        # weights_only: otherwise, a file could run code that somebody has put into it.
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Damaged files can raise almost any error.
         reason = f"it is damaged, or holds more than tensors and plain values ({error!r})"
@@ -674,22 +688,24 @@ def parse_again(parser, argv, args):
             parser.set_defaults(**json.loads((folder / "settings.json").read_text()))
         except OSError as error:
             parser.error(f"argument --resume: {error}")
-        args = parser.parse_args(argv)  # What is given there still wins.
+        args = parser.parse_args(argv)  # The defaults are now the run's flags.
     args.resume = folder
     return args
 
 
 # 4. Several processes, and main ------------------------------------------------------------------
 #
-# torchrun starts the program several times, once for each GPU. Each process trains on its share of
-# every batch. Batch norm uses the statistics of that share, and gradients are averaged.
+# torchrun starts this whole program several times, once for each GPU. These processes differ in
+# RANK. Each trains on its share of every batch. Batch norm uses the statistics of that share, and
+# gradients are averaged.
 
 
 def in_first_process(function, *arguments):
     """Calls the function in the first process only, and returns its result in all of them."""
     results = [function(*arguments) if RANK == 0 else None]
     if WORLD_SIZE > 1:
-        distributed.broadcast_object_list(results)  # fills the list in the other processes
+        # The first process sends its list. The others wait for it here, and copy it into theirs.
+        distributed.broadcast_object_list(results)
     return results[0]
 
 
@@ -703,8 +719,9 @@ def average_gradients(optimizer):
 
 
 def seed_everything(seed, epoch=0):
-    """Seeds all generators alike in all processes, except torch's during an epoch, for dropout."""
-    number = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])  # of both
+    """Seeds all generators, alike in all processes; but in an epoch (1, 2, ...), torch's generator
+    differs, so that each process drops other values."""
+    number = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])  # made from both
     torch.manual_seed(number + RANK if epoch > 0 else number)
     np.random.seed(number)
     random.seed(number)
@@ -713,25 +730,26 @@ def seed_everything(seed, epoch=0):
 def select_device():
     """Sets up PyTorch, and returns this process's GPU, or the CPU if there is none."""
     keep_freed_memory()
-    # Results repeat exactly, and are not rounded to three digits, as TF32 does on a GPU.
-    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.deterministic = True  # Results repeat exactly.
+    # TF32, a faster arithmetic of GPUs, would round factors to three digits.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # RANK, on this machine
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # its number on this machine
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def keep_freed_memory():
     """Tells the C library of Linux to keep the memory of a batch for the next one.
 
-    Otherwise it returns it to the system, and requests it again: a step takes a fifth longer.
+    Otherwise, the library returns it to the system, and requests it again: a step takes a fifth
+    longer.
     """
     if sys.platform == "linux":
-        set_option = ctypes.CDLL(None).mallopt  # a function of that library
+        set_option = ctypes.CDLL(None).mallopt  # CDLL(None): the libraries of this process
         set_option(-1, 2**28)  # M_TRIM_THRESHOLD: 256 MB, more than a step frees at its end
-        set_option(-3, 2**25)  # M_MMAP_THRESHOLD: 32 MB, the most that older releases accept
+        set_option(-3, 2**25)  # M_MMAP_THRESHOLD: 32 MB, its maximum
 
 
 def describe_machine():
@@ -748,10 +766,10 @@ def main(argv=None):
     and with 1 and a message after any other expected error."""
     device = select_device()
     if WORLD_SIZE > 1 and not distributed.is_initialized():
-        # gloo sends what is on CPUs (also for in_first_process), nccl what is on GPUs.
+        # It connects the processes: gloo sends what is on CPUs, nccl what is on GPUs.
         distributed.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     try:
-        run(in_first_process(parse_arguments, argv), device)
+        run(in_first_process(parse_arguments, argv), device)  # All take the first one's flags.
     except KeyboardInterrupt:
         line = "main.py: interrupted; --resume continues after the last finished epoch"
         tqdm.write(line, file=sys.stderr)  # not on the progress bar's line
@@ -760,10 +778,10 @@ def main(argv=None):
 
 if __name__ == "__main__":
     if RANK > 0:
-        sys.stdout = io.StringIO()  # One process prints for all.
+        sys.stdout = io.StringIO()  # Only the first process prints.
     if hasattr(sys.stdout, "reconfigure"):  # A notebook's output has no such method.
         sys.stdout.reconfigure(line_buffering=True)  # so that each line reaches a log at once
-    if WORLD_SIZE == 1:  # Several processes would not react while they wait for one another.
+    if WORLD_SIZE == 1:  # Several are ended by torchrun, and a handler would only delay that.
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` acts like Ctrl-C.
     main()
     if WORLD_SIZE > 1:

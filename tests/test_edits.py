@@ -26,7 +26,7 @@ DATA = '    name = "mnist" if name == "auto" else name\n'
 CLASS = "class View("
 PARSE = "    args = parser.parse_args(argv)\n    if"
 LOADER = "device, shuffle=True"
-RECORD = "    record = Record(args, states)  # It restores them.\n"
+RECORD = "    record = Record(args, states)  # If the run is resumed, they are restored here.\n"
 OUTPUT = "        output = model(data)  #"
 BACKWARD = "        loss.backward()\n"
 AVERAGE = "        average_gradients(optimizer)\n"

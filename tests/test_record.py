@@ -212,7 +212,8 @@ def test_the_newest_run_that_has_a_checkpoint(train, copy):
 
 def test_a_finished_run_changes_nothing_but_its_settings(go, copy, twin):
     finished = go("main.py", "--log-dir", copy, "--resume", "--lr", 0.01)
-    assert finished.stderr == f"main.py: {copy}/run-1 is finished: --epochs trains longer\n"
+    line = f"main.py: {copy}/run-1 is finished: a higher --epochs trains longer\n"
+    assert finished.stderr == line
     before, after = contents(twin), contents(copy / "run-1")
     assert json.loads(after.pop("settings.json"))["lr"] == 0.01
     assert before.pop("settings.json") and after == before
