@@ -39,9 +39,10 @@ import filelock
 import numpy as np
 import torch
 
-# At exit, Python searches all objects for garbage, except frozen ones, which saves half a second.
-# (If those of the next imports are frozen, too, they report leaks.)
-gc.freeze()
+if __name__ == "__main__":
+    # At exit, Python searches all objects for garbage, except frozen ones, which saves half a
+    # second. (If those of the next imports were frozen, too, they would report leaks.)
+    gc.freeze()
 
 import torchnet as tnt
 from torch import distributed, nn, optim
