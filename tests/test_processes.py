@@ -71,12 +71,15 @@ def test_parameters_are_those_of_one_process(train_with, train, tmp_path):
 
 
 def test_each_process_has_its_own_images_and_dropout(train_with, tmp_path):
-    """No image comes twice in an epoch. All processes know the folder of the run, and begin with
-    the same network."""
+    """No image comes twice in an epoch, even if `run` shuffles them before. All processes know the
+    folder of the run, and begin with the same network."""
+    shuffle = "    order = torch.randperm(600)\n"
+    shuffle += "    train_set = [part[order] for part in train_set]\n"
     save = "np.savez(record.folder / f'{RANK}-{batch_ix}', data=data, seed=torch.initial_seed(),"
     save += " bias=model.m[3].bias.detach())"
-    program = edit(tmp_path, ("model.train()", f"{save}; model.train()"))
-    train_with(2, tmp_path, "--epochs", 1, program=program)
+    loader = "    train_loader = Loader("
+    changes = (loader, shuffle + loader), ("model.train()", f"{save}; model.train()")
+    train_with(2, tmp_path, "--epochs", 1, program=edit(tmp_path, *changes))
     files = [np.load(file) for file in tmp_path.glob("run-1/*.npz")]
     assert len({int(file["seed"]) for file in files}) == 2
     assert [len(file["data"]) for file in files] == 2 * 12 * [25]
