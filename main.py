@@ -127,9 +127,10 @@ def load_dataset(name, data_dir):
         raise  # These are mistakes in a program: the traceback shows where.
     except Exception as error:  # Broken files and networks can raise almost any other error.
         if name == "auto" and is_empty:
-            print(f"main.py: warning: TRAINING ON MNIST-5K INSTEAD: {error!r}", file=sys.stderr)
+            line = f"TRAINING ON MNIST-5K INSTEAD, since {raw} is empty ({error!r})"
+            print(f"main.py: warning: {line}", file=sys.stderr)
             return load_mnist_5k()
-        advice = "delete this folder to download it again, or copy the four files there"
+        advice = "delete it, then start again to download it, or copy its four files there"
         sys.exit(f"main.py: error: {raw} cannot be read or downloaded ({error!r}): {advice}")
     name = "mnist" if name == "auto" else name
     return name, (train.data, train.targets), (test.data, test.targets)
@@ -175,7 +176,7 @@ class Loader:
         if pixels.dtype != torch.uint8 or len(pixels) != len(labels):
             raise ValueError("pixels must be uint8, and there must be a label for each image")
         if "ToTensor" in str(transform) or "Normalize" in str(transform):  # in its printed form
-            raise ValueError("leave out ToTensor and Normalize: see the docstring of Loader")
+            raise ValueError("leave out ToTensor and Normalize: images are normalised afterwards")
         self.pixels = pixels.unsqueeze(1).to(device)  # N x 1 x 28 x 28
         self.labels = labels.to(device)
         self.batch_size = batch_size
@@ -359,7 +360,7 @@ def run(args, device):
     make_faster(model)  # Delete this line to train without part 2.
 
     # What is saved after each epoch, and restored, in this order, when the run is resumed. Add
-    # anything else that has a state_dict() of tensors and plain values.
+    # anything else that has a state_dict() of tensors and plain values. Variables start anew.
     states = {"model": model, "optimizer": optimizer, "schedule": schedule}
     record = Record(args, states)  # If the run is resumed, they are restored here.
     for epoch in range(record.epochs_done + 1, args.epochs + 1):
@@ -372,7 +373,7 @@ def run(args, device):
         record.add("test.csv", epoch=epoch, step=step, lr=lr, loss=test_loss, accuracy=accuracy)
         schedule.step()
         record.save(epoch, states)
-        # Here you can stop early (if accuracy > 99: break), but `states` are saved already.
+        # Here you can stop early (if accuracy > 99: break). What else you change is not saved.
     seconds = time.monotonic() - started
     print(f"Done in {seconds:.1f} s; the record is in {record.folder} (sha256 {record.checksum()})")
 
@@ -628,7 +629,7 @@ class Record:
             sys.exit(f"main.py: error: {name} has a loss that is not finite: lower --lr")
 
     def checksum(self):
-        """Returns the first 16 digits of the SHA-256 of train.csv, test.csv and all parameters.
+        """Returns the first 16 digits of the SHA-256 of all tables, then all parameters.
 
         Two runs with the same results have the same checksum.
         """

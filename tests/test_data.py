@@ -118,7 +118,7 @@ def test_mnist_5k_is_the_way_out_without_network(tmp_path, capfd):
         assert main.load_dataset("auto", tmp_path)[0] == "mnist-5k"
         output, errors = capfd.readouterr()
         assert output == "" and errors.count("\n") == 1 and "Connection refused" in errors
-        assert errors.startswith("main.py: warning: TRAINING ON MNIST-5K INSTEAD: ")
+        assert errors.startswith("main.py: warning: TRAINING ON MNIST-5K INSTEAD, since ")
     assert str(tmp_path / "MNIST" / "raw") in refused(tmp_path, "mnist")
 
 

@@ -335,8 +335,8 @@ def test_a_row_keeps_the_values_of_its_step(train, tmp_path):
 
 
 def test_a_value_that_is_no_number_fails_in_its_row(go, flags, tmp_path):
-    program = edit(tmp_path, ("loss=loss)", "loss=loss, name='LeNet')"))
-    assert "loss=loss, name='LeNet')" in go(program, *flags, tmp_path).stderr
+    program = edit(tmp_path, ("loss=loss)", "loss=loss, note='LeNet')"))
+    assert "loss=loss, note='LeNet')" in go(program, *flags, tmp_path).stderr
 
 
 def test_predict_sees_the_random_data_of_the_run(go, train, tmp_path):

@@ -62,7 +62,7 @@ def outputs(checkout, go):
     options = {"cwd": checkout, "env": environment, "capture_output": True, "text": True}
     outputs = {}
     # These commands continue on the next line.
-    lines = "".join(code_blocks("sh")).replace("&&\n", "&& ").replace("&\nuntil", "& until")
+    lines = "".join(code_blocks("sh")).replace("&&\n", "&& ").replace("&\nwhile", "& while")
     for line in [line for line in lines.splitlines() if not ELSEWHERE.match(line)]:
         command = line
         for part, other in REPLACED.items():
