@@ -53,8 +53,8 @@ from tqdm import tqdm
 INTERVAL = 100  # batches between printed training losses, as in the guide
 # The choices of --dataset, besides mnist-5k, and their classes in torchvision.datasets.
 DATASETS = {"auto": "MNIST", "mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
-# torchrun sets how many processes it has started, and which of them this is (part 4). With one, the
-# usual case, in_first_process(f, x) is just f(x), and average_gradients(...) changes nothing.
+# Set by torchrun: how many processes it has started, and which of them this is (part 4). With one,
+# the usual case, in_first_process(f, x) is just f(x), and average_gradients(...) changes nothing.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -107,7 +107,7 @@ def load_dataset(name, data_dir):
 
     The name is a choice of --dataset. Pixels are uint8 N x 28 x 28, 0 is black; labels are int64 N.
     To train on other or less data, change what this function and load_mnist_5k return, which
-    gradients.py and predict.py use, too. Exits with a message if there is no such dataset.
+    gradients.py and predict.py use, too. Exits with a message if a dataset cannot be read.
     """
     if name == "mnist-5k":
         return load_mnist_5k()

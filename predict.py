@@ -38,10 +38,6 @@ def read(model, images):
 def flatten(picture):
     """Returns a picture upright, as RGB, on white or black paper where it is transparent."""
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode[0] in "IF":  # integers or floats of any range
-        values = np.asarray(picture, dtype=float)
-        values = np.interp(values, (values.min(), values.max()), (0, 255))
-        picture = Image.fromarray(values.astype(np.uint8))
     picture = picture.convert("RGBA")
     papers = [Image.new("RGBA", picture.size, paper) for paper in ("white", "black")]
     on_white, on_black = [Image.alpha_composite(paper, picture).convert("RGB") for paper in papers]
@@ -170,7 +166,7 @@ def main(argv=None):
         read_pictures(model, args.pictures, args.output or run / "pictures.png")
     else:
         data_dir = args.data_dir or settings["data_dir"]
-        seed_everything(settings["seed"])  # as main.py does, in case that data is random
+        seed_everything(settings["seed"])  # as main.py does, in case data is random
         _, _, (images, labels) = load_dataset(settings["dataset"], data_dir)
         read_test_digits(model, images, labels, args.output or run / "mistakes.png")
 

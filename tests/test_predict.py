@@ -54,7 +54,6 @@ KINDS = {
     "light on dark.jpg": lambda mask: ImageOps.colorize(mask, "#203020", "#e0e0d0"),
     "same grey, same red.png": lambda mask: ImageOps.colorize(mask, "#648014", "#6459dc"),
     "clear, white ink.png": lambda mask: clear(mask, 255),
-    "16 bits.png": lambda mask: Image.fromarray(200 * np.asarray(mask, np.uint16) + 9000),
     "turned.jpg": lambda mask: ImageOps.invert(mask).transpose(Image.Transpose.ROTATE_90),
     "in a shadow.jpg": shade,
     "desk.png": lambda mask: ImageOps.expand(ImageOps.invert(mask), (31, 0, 0, 0), fill=0),

@@ -32,11 +32,11 @@ DEFAULTS = {  # as in the guide, and then the flags that it does not have
 }
 
 
-def test_defaults_and_home(go, monkeypatch):
+def test_defaults_and_home(go, monkeypatch, tmp_path):
     assert vars(main.parse_arguments([])) == DEFAULTS
-    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("HOME", str(tmp_path))
     args = main.parse_arguments(["--data=~/D", "--log-dir=~/L"])  # --data is in the guide's run.sh
-    assert (args.data_dir, args.log_dir) == ("/home/ann/D", "/home/ann/L")
+    assert (args.data_dir, args.log_dir) == (f"{tmp_path}/D", f"{tmp_path}/L")
     text = go("main.py", "--help").stdout
     for name, default in DEFAULTS.items():
         flag = name.replace("_", "-")
