@@ -74,7 +74,7 @@ def test_prints_what_the_guide_prints(small_mnist, tmp_path):
     flags = DEFAULTS | {"batch_size": 2, "epochs": 1, "lr": 1e-30, "data_dir": str(small_mnist)}
     flags |= {"dataset": "mnist", "log_dir": "logs", "cuda": False}
     processor = torch.cpu.get_capabilities()["cpu_name"]
-    counts = "threads: 1, processes: 1"
+    counts = f"threads: {torch.get_num_threads()}, processes: 1"
     flags["machine"] = f"PyTorch {torch.__version__}, {processor}, {counts}"
     loss, accuracy = float(tested["loss"]), float(tested["accuracy"])
     *lines, last, end = finished.stdout.split("\n")
