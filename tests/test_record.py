@@ -190,12 +190,14 @@ def test_rows_are_written_with_each_printed_loss(go, flags, tmp_path):
 
 def test_given_flags_win_then_recorded_ones_then_defaults(train, copy, tmp_path):
     run = copy / "run-1"
-    other = ("--epochs", 4, "--lr", 0.05, "--momentum", 0, "--log-dir", tmp_path / "elsewhere")
-    train(tmp_path, "--resume", run, *other)
+    other = ("--epochs", 4, "--lr", 0.05, "--momentum", 0, "--batch-size", 200)
+    train(tmp_path, "--resume", run, *other, "--log-dir", tmp_path / "elsewhere")
     settings = json.loads((run / "settings.json").read_text())
     names = ("epochs", "lr", "batch_size", "dropout")
-    assert [settings[name] for name in names] == [4, 0.05, 50, 0.25]
+    assert [settings[name] for name in names] == [4, 0.05, 200, 0.25]
     assert [row["lr"] for row in rows(run / "test.csv")] == 3 * ["0.1"] + ["0.05"]
+    assert [row["step"] for row in rows(run / "test.csv")] == ["12", "24", "36", "39"]
+    assert [int(row["step"]) for row in rows(run / "train.csv")] == [*range(1, 40)]
     assert not (tmp_path / "elsewhere").exists()
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
     assert checkpoint["states"]["optimizer"]["param_groups"][0]["momentum"] == 0
@@ -210,14 +212,43 @@ def test_the_newest_run_that_has_a_checkpoint(train, copy):
     assert f"the record is in {copy}/run-12 (" in train(copy)
 
 
-def test_a_finished_run_changes_nothing_but_its_settings(go, copy, twin):
+def test_a_resumption_that_trains_nothing_changes_nothing(go, copy, twin, tmp_path):
+    """The run is finished, or its states do not fit the program."""
     finished = go("main.py", "--log-dir", copy, "--resume", "--lr", 0.01)
     line = f"main.py: {copy}/run-1 is finished: a higher --epochs trains longer\n"
-    assert finished.stderr == line
-    before, after = contents(twin), contents(copy / "run-1")
-    assert json.loads(after.pop("settings.json"))["lr"] == 0.01
-    assert before.pop("settings.json") and after == before
-    assert checksum(finished.stdout) == checksum_of(twin)
+    assert finished.stderr == line and checksum(finished.stdout) == checksum_of(twin)
+    assert contents(copy / "run-1") == contents(twin)
+    program = edit(tmp_path, ("nn.Linear(500, 10)", "nn.Linear(500, 11)"))
+    failed = go(program, "--log-dir", copy, "--resume", "--epochs", 4)
+    assert failed.returncode == 1 and "size mismatch" in failed.stderr
+    assert contents(copy / "run-1") == contents(twin)
+
+
+def test_a_number_that_another_run_has_just_taken(train, tmp_path):
+    other = partial(os.makedirs, tmp_path / "run-1" / "params")
+    prepare = partial(act_before, tmp_path, "run-1", other)
+    assert f"the record is in {tmp_path}/run-2 (" in train(tmp_path, prepare=prepare)
+    assert [*(tmp_path / "run-1" / "params").iterdir()] == []
+
+
+class CountingDict(dict):
+    assignments = 0
+
+    def __setitem__(self, name, text):
+        self.assignments += 1
+        super().__setitem__(name, text)
+
+
+def test_the_text_of_a_table_is_copied_once_a_write(flags, tmp_path, monkeypatch):
+    """And not once a row, which would take seconds an epoch after a million rows."""
+    args = main.parse_arguments([str(flag) for flag in (*flags, tmp_path)])
+    record = main.Record(args, {"model": main.LeNet()})
+    record.tables = CountingDict(record.tables)
+    for step in range(100):
+        record.add("train.csv", step=step)
+    before = record.tables.assignments
+    record.write("train.csv")
+    assert record.tables.assignments == before + 1
 
 
 def test_checkpoints_that_cannot_be_read(go, copy, tmp_path):
