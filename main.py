@@ -403,9 +403,9 @@ class FasterDropout(nn.Dropout):
     def forward(self, x):
         if not self.training or self.p in (0, 1) or x.device.type != "cpu":
             return super().forward(x)
-        kept = torch.rand_like(x, dtype=torch.float32) >= self.p  # true with probability 1 - p
-        # What is kept is divided by 1 - p, so that the mean stays the same.
-        return x * (kept.to(x.dtype) / (1 - self.p))
+        # Random numbers from 0 to 1 become 1 if they are greater than or equal to p, and 0 otherwise.
+        kept = torch.rand_like(x, dtype=torch.float32).ge_(self.p)
+        return x * (kept.to(x.dtype) / (1 - self.p))  # divided by 1 - p, so the mean stays the same
 
 
 class FasterConvBN(nn.Sequential):

@@ -1,11 +1,12 @@
-"""Time the guide's loop, a fair rival and main.py side by side on this machine. It is not a test.
+"""Time the guide's loop, two fair rivals and main.py side by side on this machine. It is not a test.
 
-    python tests/benchmark.py               # the speed of each, and of main.py without each measure
-    python tests/benchmark.py --busy 4      # rival and main.py beside four programs that compute
+    python tests/benchmark.py               # the speed of each, and of main.py without each layer
+    python tests/benchmark.py --busy 4      # main.py beside four programs that compute
     python tests/benchmark.py --accuracy    # after ten epochs, over seeds and schedules
 
 They need MNIST in ./data, or in --data-dir, and a machine that has nothing else to do. They print
-the tables of README.md and docs/results.md. All programs run on the CPU.
+the tables of README.md and docs/results.md. All programs run on the CPU, with main.py's settings of
+the machine (GOMP_SPINCOUNT and keep_freed_memory).
 
 In a round, each program trains LeNet for two epochs in a process of its own. (With --busy, for one:
 threads that wait for one another would take many minutes.) The time of a step is the mean over the
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torchnet as tnt
@@ -31,16 +33,23 @@ from torchvision import datasets, transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import main
+import main  # It sets GOMP_SPINCOUNT, which the processes of all programs inherit.
 
 GUIDE = "the guide's loop"  # in today's PyTorch
 RIVAL = "the rival"  # the same on tensors: images are normalised once, and then indexed
-CHANNELS_LAST = "the rival in channels_last"  # the order in memory that CPUs convolve fastest
+CHANNELS_LAST = "the rival in channels_last"  # all channels of a pixel side by side in memory
 MAIN = "main.py"
-# Without one of its faster layers, main.py has PyTorch's own.
-WITHOUT = {
-    "main.py without faster dropout": (main.DropoutFromBits, "forward", nn.Dropout.forward),
-    "main.py without faster blocks": (main, "is_guides_convbn", lambda block: False),
+SPINNING = "main.py with GOMP_SPINCOUNT=300000"  # the default of the library
+PLAIN_MOMENTS = SimpleNamespace(apply=lambda x: (x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)))
+# What takes the place of main.py's faster layers, by program.
+PLAIN = {"FasterConvBN": nn.Sequential, "FasterDropout": nn.Dropout}
+REPLACED = {
+    GUIDE: PLAIN,
+    RIVAL: PLAIN,
+    CHANNELS_LAST: PLAIN,
+    "main.py with nn.Dropout": {"FasterDropout": nn.Dropout},
+    "main.py with nn.Sequential": {"FasterConvBN": nn.Sequential},
+    "main.py with x.mean and x.var": {"ChannelMoments": PLAIN_MOMENTS},
 }
 
 marks = []  # the times at which each epoch began, and at which it ended
@@ -76,6 +85,7 @@ def tensor_loaders(data_dir):
 
 def train_as_the_guide(program, data_dir, epochs, seed):
     """The guide's program, with its own loaders or the rival's; returns the accuracy."""
+    main.keep_freed_memory()
     torch.manual_seed(seed)
     train_loader, test_loader = (guides_loaders if program == GUIDE else tensor_loaders)(data_dir)
     model = main.LeNet()
@@ -110,10 +120,7 @@ def test_as_the_guide(model, loss_function, test_loader):
 
 
 def train_main(program, data_dir, epochs, seed, schedule="constant"):
-    """main.py, perhaps without one of its measures; returns the accuracy."""
-    if program in WITHOUT:
-        setattr(*WITHOUT[program])
-
+    """main.py; returns the accuracy."""
     train = main.train
 
     def timed_train(*arguments):
@@ -130,6 +137,8 @@ def train_main(program, data_dir, epochs, seed, schedule="constant"):
 
 def run_program(program, *details):
     """Prints the time, in seconds, of a step in the last epoch, and the accuracy."""
+    for name, layer in REPLACED.get(program, {}).items():
+        setattr(main, name, layer)
     train = train_main if program.startswith(MAIN) else train_as_the_guide
     accuracy = train(program, *details)
     step = (marks[-1] - marks[-2]) / 469  # steps an epoch
@@ -139,8 +148,8 @@ def run_program(program, *details):
 def in_a_process(*details):
     """Runs a program in a process and a folder of its own; returns what it printed, as a dict."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    if details[0] in (GUIDE, RIVAL, CHANNELS_LAST):
-        del environment["GOMP_SPINCOUNT"]  # main.py has set it for itself.
+    if details[0] == SPINNING:
+        environment["GOMP_SPINCOUNT"] = "300000"
     command = [sys.executable, __file__, "--call", json.dumps(details)]
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
@@ -150,9 +159,10 @@ def in_a_process(*details):
 
 def compare_speed(args):
     """Prints the table of all programs, perhaps beside others that keep the CPU busy."""
-    programs, epochs = [GUIDE, RIVAL, CHANNELS_LAST, MAIN, *WITHOUT], 2
+    programs, rivals, epochs = [GUIDE, RIVAL, CHANNELS_LAST, MAIN], [GUIDE, RIVAL], 2
+    programs += [program for program in REPLACED if program.startswith(MAIN)]
     if args.busy:
-        programs, epochs = [RIVAL, MAIN], 1
+        programs, rivals, epochs = [MAIN, SPINNING], [MAIN], 1
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.busy)]
     rounds = []
     try:
@@ -163,7 +173,6 @@ def compare_speed(args):
     finally:
         for process in busy:
             process.kill()
-    rivals = [name for name in (GUIDE, RIVAL) if name in programs]
     ratios = [f"of {name}" for name in rivals]
     print_row("program", "ms a step", *ratios, f"process of {epochs} epochs, s")
     print_row(*["---"] * (3 + len(rivals)))
