@@ -436,30 +436,27 @@ class FasterConvBN(nn.Sequential):
         return x
 
     def can_pool_first(self, x):
-        """Returns whether that gives what the layers give; x is the output of the convolution."""
+        """Returns whether the short cut gives what the layers give; x is the convolution's output."""
         layers = [*self][1:4]
         if [type(layer) for layer in layers] != [nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]:
             return False
-        attached = [
-            value
-            for layer in layers
-            for name, value in vars(layer).items()
-            if name == "forward" or name.endswith("hooks")
-        ]
+        for layer in layers:
+            for name, value in vars(layer).items():
+                # You have given this layer a forward of its own, or a hook: a function that PyTorch
+                # calls with its input and output. The short cut does not have these values.
+                if (name == "forward" or name.endswith("hooks")) and value:
+                    return False
         norm = layers[0]
         return (
-            # You have put a function on a layer, which PyTorch calls in place of its forward, or
-            # with its input and output (a hook). The short cut does not have these values.
-            not any(attached)
-            and x.device.type == "cpu"
+            x.device.type == "cpu"
             and x.dtype in (torch.float32, torch.float64)  # Sums of 16-bit floats are too coarse.
             and x.dim() == 4  # PyTorch's batch norm refuses anything else.
             and len(x) > 1  # A single value has no variance.
-            and len([*norm.parameters()]) == 2  # weight and bias, unlike with affine=False
-            and norm.running_mean is not None  # with track_running_stats=False
-            and norm.track_running_stats  # which you can also set later
-            and norm.momentum is not None  # None is another kind of running mean.
-            and bool((norm.weight > 0).all())  # It is learned, and scale has its sign.
+            and len([*norm.parameters()]) == 2  # a weight and a bias (not with affine=False)
+            and norm.running_mean is not None  # (not with track_running_stats=False)
+            and norm.track_running_stats  # It can also be set later.
+            and norm.momentum is not None  # With None, the running mean is of another kind.
+            and bool((norm.weight > 0).all())  # Scale has its sign. Training can change it.
         )
 
 
