@@ -28,6 +28,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import nn
 
 from main import LeNet, Loader, load_dataset, newest_run, seed_everything, select_device
@@ -153,22 +154,28 @@ def conclusion(epoch, scale, batch_size):
 
 def draw(table, title, batch_size):
     """Returns a figure of the table."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     panels = norms, cosines, scales = figure.subplots(1, 3)
     figure.suptitle(title, fontsize="medium")
-    norms.plot(table.epoch, table.true_norm, "s-", color="C1", label="true gradient")
     for panel, name in ((norms, "norm"), (cosines, "cosine")):
-        panel.plot(table.epoch, table[f"{name}_mean"], "o-", color="C0", label="mini-batches: mean")
         ends = table[f"{name}_p5"], table[f"{name}_p95"]
-        panel.vlines(table.epoch, *ends, color="C0", alpha=0.3, linewidth=5, label="90 % of them")
+        look = {"color": "C0", "alpha": 0.3, "linewidth": 5}
+        panel.vlines(table.epoch, *ends, **look, label="90% of the mini-batches")
+        panel.plot(table.epoch, table[f"{name}_mean"], "o-", color="C0", label="their mean")
+    norms.plot(table.epoch, table.true_norm, "s-", color="C1", label="true gradient")
     scales.plot(table.epoch, table.noise_scale, "D-", color="C3", label="noise scale")
     scales.axhline(batch_size, color="black", linestyle="--", label=f"batch size {batch_size}")
     norms.set(ylabel="norm (nats per unit of parameter)", yscale="log")
     cosines.set(ylabel="cosine with the true gradient")
     scales.set(ylabel="gradient noise scale (images)", yscale="log")
+    for panel in (norms, scales):  # 1, 2, 5, 10, 20, ...
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("")
     for panel in panels:
         panel.set_xlabel("epoch (0: before training)")
-        panel.legend()
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1))  # above the panel
     return figure
 
 

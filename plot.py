@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib.style
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 def newest_run():
@@ -80,11 +81,12 @@ def draw(runs, labels):
     for name, panel in panels.items():
         panel.set_ylabel(name)
         panel.grid(alpha=0.3)
-        if name != "test accuracy (%)":
+        if name in ("training loss", "learning rate"):
             panel.set_yscale("log")
     # Epochs let you compare different batch sizes, but each run needs a whole one.
     unit = "epoch" if all(len(test) > 0 for _, test in runs) else "step"
     panel.set_xlabel(unit)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))  # no half epochs
     for number, ((train, test), label) in enumerate(zip(runs, labels, strict=True)):
         draw_run(panels, train, test, unit, label, number)
     if len(runs) > 1:
@@ -116,7 +118,8 @@ def main(argv=None):
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the picture (curves.png)")
     args = parser.parse_args(argv)
-    folders = args.runs or [newest_run()]
+    # `logs/*` also names the log of run.sh.
+    folders = [run for run in args.runs if not run.is_file()] or [newest_run()]
     output = args.output or (folders[0] if len(folders) == 1 else Path()) / "curves.png"
     # The colour-blind can tell these colours apart.
     with matplotlib.style.context("tableau-colorblind10"):

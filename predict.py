@@ -36,9 +36,12 @@ def read(model, images):
 
 
 def flatten(picture):
-    """Returns a picture upright, as RGB, on white or black paper where it is transparent."""
-    picture = ImageOps.exif_transpose(picture)
-    picture = picture.convert("RGBA")
+    """Returns a picture upright, as RGB that fits in 200 x 200 pixels, on white or black paper where
+    it is transparent."""
+    if picture.mode in ("1", "P"):  # In these modes, a smaller picture would lose thin lines.
+        picture = picture.convert("RGBA")
+    picture.thumbnail((200, 200))  # now: a large picture would take gigabytes below
+    picture = ImageOps.exif_transpose(picture).convert("RGBA")
     papers = [Image.new("RGBA", picture.size, paper) for paper in ("white", "black")]
     on_white, on_black = [Image.alpha_composite(paper, picture).convert("RGB") for paper in papers]
     visible = max(high - low for low, high in on_white.getextrema()) >= 50  # of 255
@@ -48,7 +51,7 @@ def flatten(picture):
 def find_digit(picture):
     """Returns which pixels of an RGB picture are the digit, as booleans.
 
-    Raises ValueError if it is blank. The picture is first scaled to fit in 200 x 200 pixels. The
+    Raises ValueError if it is blank. A small picture is first scaled to 200 x 200 pixels. The
     lengths and thresholds below were chosen by trying them on drawn digits.
     """
     colours = np.asarray(ImageOps.contain(picture, (200, 200)), dtype=float)
@@ -108,11 +111,11 @@ def read_test_digits(model, images, labels, output):
     digits, percents = read(model, images)
     wrong = torch.nonzero(digits != labels).flatten()
     print(f"Accuracy: {100 * (1 - len(wrong) / len(labels)):.2f}% of {len(labels)} test images")
-    wrong = wrong[percents[wrong].argsort(descending=True)]
-    wrong = wrong[:80]  # Eight rows of ten fit on a screen.
-    titles = [f"{labels[ix]} as {digits[ix]}\n{percents[ix]:.0f}%" for ix in wrong]
-    draw(images[wrong], titles, output)
-    print(f"The mistakes are in {output}")
+    drawn = wrong[percents[wrong].argsort(descending=True)]
+    drawn = drawn[:80]  # Eight rows of ten fit on a screen.
+    titles = [f"{labels[ix]} as {digits[ix]}\n{percents[ix]:.0f}%" for ix in drawn]
+    draw(images[drawn], titles, output)
+    print(f"{len(drawn)} of {len(wrong)} mistakes are in {output}, the most confident ones first")
 
 
 def read_pictures(model, paths, output):
@@ -123,10 +126,13 @@ def read_pictures(model, paths, output):
     images, titles = [], []
     for path in paths:
         try:
-            image = torch.tensor(make_image(find_digit(flatten(Image.open(path)))))
-        except OSError as error:
+            picture = flatten(Image.open(path))
+        except Exception as error:  # Broken files can raise almost any error.
             line = f"predict.py: error: {path}: {error} (PNG and JPEG files can be read)"
             print(line, file=sys.stderr)
+            continue
+        try:
+            image = torch.tensor(make_image(find_digit(picture)))
         except ValueError as error:
             print(f"predict.py: error: {path}: {error}", file=sys.stderr)
         else:

@@ -8,6 +8,9 @@ cd "$(dirname "$(readlink -f "$0")")" || exit # It runs in its own folder, where
 [ -e main.py ] || { echo "run.sh: error: there is no main.py beside it, or in $PWD" >&2; exit 1; }
 PATH="$PWD/.venv/bin:$PATH" # If there is a .venv, you need not activate it.
 
+if [[ " $*" == *" --log"* ]]; then # LOGDIR also holds the log, and the runs to resume.
+  echo "run.sh: error: instead of --log-dir, put LOGDIR=FOLDER before the command" >&2; exit 2
+fi
 LOGDIR=${LOGDIR:-./logs} # as set before the command, or else ./logs
 DATADIR=${DATADIR:-} # "" is ./data, or the folder that a run to resume has used
 mkdir -p "$LOGDIR" || exit

@@ -4,9 +4,12 @@ import pickle
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import Hostile, error_line, plain_with, read_by_hand, read_params, rows
+from matplotlib.collections import LineCollection
+from matplotlib.lines import Line2D
 from torch import nn
 
 import gradients
@@ -87,6 +90,19 @@ def test_train_mode_has_the_dropout_of_the_run(go, copied, small_mnist):
     gradients = [plain_gradient(plain, images[batch], labels[batch]) for batch in MINI_BATCHES]
     expected = torch.stack(gradients).norm(dim=1).mean().item()
     assert norms()[-1] == pytest.approx(expected, rel=1e-3) != with_dropout[-1]
+
+
+def test_nothing_is_drawn_over_a_curve():
+    """The bars come before the curves, and the legends stand above the panels."""
+    names = ["norm_mean", "norm_p5", "norm_p95", "cosine_mean", "cosine_p5", "cosine_p95"]
+    row = dict.fromkeys(["true_norm", "noise_scale", *names], 1.0)
+    figure = gradients.draw(pd.DataFrame([{"epoch": n} | row for n in range(3)]), "title", 128)
+    figure.draw_without_rendering()
+    for panel in figure.axes:
+        drawn = [type(artist) for artist in panel.get_children()]
+        assert LineCollection not in drawn[drawn.index(Line2D) :]
+        assert panel.get_legend().get_window_extent().ymin >= panel.bbox.ymax
+        assert all(float(tick).is_integer() for tick in panel.get_xticks())
 
 
 # The first 100 of 120, and without a last one of 40 images.

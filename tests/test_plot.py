@@ -50,7 +50,8 @@ def test_curves_are_those_of_the_tables(tmp_path):
     table.to_csv(run / "train.csv", index=False)
     figure, panels = drawn(run)
     assert list(panels) == ["training loss", "test loss", "test accuracy (%)", "learning rate"]
-    assert [axes.get_yscale() for axes in panels.values()] == ["log", "log", "linear", "log"]
+    assert [axes.get_yscale() for axes in panels.values()] == ["log", "linear", "linear", "log"]
+    assert all(float(tick).is_integer() for tick in figure.axes[-1].get_xticks())
     assert figure.axes[-1].get_xlabel() == "epoch" and not figure.legends
     times = pytest.approx([step / 40 for step in range(1, 81)])
     light, mean = panels["training loss"].lines
@@ -102,7 +103,9 @@ def test_places_of_a_run_with_other_batch_sizes(tmp_path, batches, tested, unit,
 def test_runs_in_any_state(go, tmp_path, file, text, panels):
     run = make_run(tmp_path / "run-1")
     (run / file).write_text(text)
-    finished = go("plot.py", run, make_run(tmp_path / "run-2"), cwd=tmp_path)
+    (tmp_path / "log.out").touch()
+    make_run(tmp_path / "run-2")
+    finished = go("plot.py", *sorted(tmp_path.iterdir()), cwd=tmp_path)  # as with logs/*
     assert (finished.returncode, finished.stderr) == (0, "")
     assert (tmp_path / "curves.png").exists() and len(drawn(run)[1]) == panels
 

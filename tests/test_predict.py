@@ -77,6 +77,11 @@ def drawn(monkeypatch):
     return arguments
 
 
+def test_a_large_picture_takes_little_memory():
+    picture = predict.flatten(ImageOps.invert(draw_mask(5)).resize((6400, 7680)).convert("P"))
+    assert picture.size == (167, 200) and picture.getextrema()[0][0] < 50  # It keeps its lines.
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_digits_in_pictures_are_read(go, run, tmp_path, kind):
     names = [f"{digit} {kind}" for digit in DIGITS]
@@ -114,7 +119,10 @@ def test_mistakes_are_those_of_a_plain_network(run, small_mnist, drawn, monkeypa
     percents, digits = (100 * outputs.softmax(1)).max(1)
     wrong = digits != labels
     accuracy = 100 - 100 * wrong.double().mean().item()
-    assert capsys.readouterr().out.startswith(f"Accuracy: {accuracy:.2f}% of 300 test images\n")
+    shown, line = capsys.readouterr().out.splitlines()
+    assert shown == f"Accuracy: {accuracy:.2f}% of 300 test images"
+    count = int(wrong.sum())
+    assert line.startswith(f"{count} of {count} mistakes are in logs/run-1/mistakes.png, the most ")
     surest = percents[wrong].sort(descending=True).values.tolist()
     for image, title, percent in zip(*drawn, surest, strict=True):
         normal = (image / 255 - 0.1307) / 0.3081
@@ -139,7 +147,13 @@ def test_pictures_that_cannot_be_read_get_a_line_each(go, run, tmp_path):
         draw_mask(3).save(tmp_path / name)
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:1000])
     (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x1cftypheic" + bytes(999))
-    names = ["blank.png", "shadow.png", "cut.png", "cut.jpg", "no.png", "phone.heic"]
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
+    exif = Image.Exif()
+    exif[271], exif[274] = "maker", 6
+    broken = exif.tobytes().replace(b"\x01\x0f", b"\x01\x3e")  # a text where numbers should be
+    draw_mask(3).save(tmp_path / "exif.jpg", exif=broken)
+    names = ["blank.png", "shadow.png", "cut.png", "cut.jpg", "no.png", "huge.png", "exif.jpg"]
+    names.append("phone.heic")
     finished = go("predict.py", "--run", run, *names, "3.png", cwd=tmp_path)
     assert finished.returncode == 1
     _, *lines = finished.stderr.splitlines()

@@ -101,6 +101,13 @@ def test_a_copy_that_a_batch_system_starts(project, start, tmp_path):
     assert [path.name for path in spool.iterdir()] == ["job"]
 
 
+@pytest.mark.parametrize("flag", ["--log-dir=logs/b", "--log-dir logs/b"])
+def test_the_log_dir_is_set_before_the_command(project, start, flag):
+    message = "run.sh: error: instead of --log-dir, put LOGDIR=FOLDER before the command\n"
+    finish(start("--resume", *flag.split()), 2, message)
+    assert not (project / "logs").exists()
+
+
 @pytest.mark.parametrize("gpus", ["-1", "-1,-1"])  # no such GPUs: on the CPU
 def test_hangup_and_kill(project, start, small_mnist, tmp_path, gpus):
     write_scripts(project / ".venv" / "bin", {"python3": f'exec "{sys.executable}" "$@"'})
